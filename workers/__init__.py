@@ -1,0 +1,1 @@
+"""What runs on the node: reads one config, writes one run directory."""

@@ -1,0 +1,1 @@
+"""Run, loop, checkpoint, distributed, optimizers, probes: what every worker shares."""

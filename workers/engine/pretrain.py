@@ -1,0 +1,92 @@
+"""What every pretraining worker shares: from its settings to ``encoder.pt``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from contract import rundir
+from contract.settings import Training
+from workers.data.loader import Transform
+from workers.models import Encoder
+
+from . import distributed, optim, pictures, probe
+from .checkpoint import Checkpoint
+from .encoder import save_encoder
+from .fit import Schedule, fit
+from .run import open_run
+
+S = TypeVar("S", bound=Training)
+
+
+class Method(nn.Module):
+    """What a pretraining worker builds. ``forward(images)`` gives a dict of scalars, among them ``loss``."""
+
+    encoder: Encoder
+
+
+def main(
+    cls: type[S],
+    *,
+    build: Callable[[S], Method],
+    transform: Callable[[S], Transform],
+    eval_transform: Callable[[S], Transform],
+    schedules: Callable[[S], Mapping[str, Schedule]],
+    groups: Callable[[Any, S], list[dict[str, Any]]],
+    draw: Callable[[Any, Tensor, Path], None] | None = None,
+) -> None:
+    """Train ``build(settings)``, whose attribute ``encoder`` is what is kept, and look at it by nearest neighbours.
+
+    ``draw(model, images, folder)`` may leave pictures of what was learned in ``figures/``.
+    """
+    with open_run(cls) as run:
+        settings = run.settings
+        prepare = pictures.normaliser(settings)
+        train, val = pictures.load(settings, "train"), pictures.load(settings, "val")
+        loader = pictures.shuffled(settings, train, transform(settings), settings.batch_size)
+        val_loader = pictures.in_order(settings, val, eval_transform(settings))
+
+        torch.manual_seed(distributed.fold(settings.seed))  # the same weights on every rank
+        method = build(settings).to(distributed.device())
+        optimizer = optim.adamw(groups(method, settings), lr=settings.peak_lr)
+        checkpoint = Checkpoint(run.folder / rundir.CHECKPOINT, run.journal, model=method, optimizer=optimizer)
+
+        def evaluate() -> dict[str, float]:
+            return {"knn/loo1": probe.leave_one_out(*probe.features(method.encoder, val_loader, prepare))}
+
+        finished = fit(
+            distributed.wrap(method),
+            loader,
+            optimizer,
+            epochs=settings.epochs,
+            schedules=schedules(settings),
+            checkpoint=checkpoint,
+            prepare=lambda batch: prepare(batch[0]),
+            track=run.track,
+            stop=run.stop,
+            seed=settings.seed,
+            accumulate=settings.accum_iter or 1,
+            amp=settings.amp,
+            clip=settings.clip_grad,
+            log_every=settings.log_every,
+            checkpoint_minutes=settings.checkpoint_minutes,
+            checkpoint_epochs=settings.checkpoint_epochs,
+            evaluate=evaluate,
+            evaluate_epochs=getattr(settings, "eval_freq", 0),
+        )
+        if not finished:
+            return
+        steps = settings.epochs * (len(loader) // (settings.accum_iter or 1))
+        metrics = evaluate()
+        run.track(steps, steps, metrics)
+        if draw is not None and distributed.rank() == 0:
+            (run.folder / rundir.FIGURES).mkdir(exist_ok=True)
+            some = torch.stack([val[i][0] for i in range(0, len(val), max(1, len(val) // 8))][:8])
+            method.eval()
+            draw(method, prepare(torch.stack([eval_transform(settings)(x) for x in some])), run.folder / rundir.FIGURES)
+        save_encoder(run.folder, method.encoder, run.identity)
+        run.finish(metrics, steps)

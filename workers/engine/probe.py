@@ -1,0 +1,80 @@
+"""What a frozen encoder knows: features, nearest neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from workers.models import Encoder
+
+from . import distributed
+
+CHUNK = 1024  # queries whose similarities to the whole bank are held at a time
+
+
+def pool(tokens: Tensor, kind: str) -> Tensor:
+    """(B, 1+N, D) tokens, cls first -> (B, D): ``cls``, or ``gap``, the mean of the patch tokens."""
+    return tokens[:, 0] if kind == "cls" else tokens[:, 1:].mean(1)
+
+
+@torch.no_grad()
+def features(
+    encoder: Encoder, loader: DataLoader[Any], prepare: Callable[[Tensor], Tensor], kind: str = "gap"
+) -> tuple[Tensor, Tensor]:
+    """Features (n, D) and labels (n,) of all pictures of all ranks, in the order of the data set, on every rank.
+
+    Tokens are those of the last block, before the final norm.
+    """
+    encoder.eval()
+    found = [(pool(encoder.tokens(prepare(x)), kind).float(), y, i) for x, y, i in loader]
+    device = distributed.device()
+    columns = [torch.cat([each[c].to(device) for each in found]) for c in range(3)]
+    x, y, index = (distributed.gather(column) for column in columns)
+    order = index.argsort()
+    return x[order], y[order]
+
+
+def leave_one_out(x: Tensor, labels: Tensor) -> float:
+    """Share of pictures whose nearest *other* picture of the same set has their label; cosine.
+
+    Latent MIM's own evaluation (1-NN inside the validation split; no training pictures).
+    """
+    x = F.normalize(x, dim=1)
+    correct = 0
+    for start in range(0, len(x), CHUNK):
+        similarity = x[start : start + CHUNK] @ x.T
+        own = torch.arange(start, start + len(similarity), device=x.device)
+        similarity[torch.arange(len(own), device=x.device), own] = -torch.inf
+        correct += int((labels[similarity.argmax(1)] == labels[own]).sum())
+    return correct / len(x)
+
+
+def weighted_knn(
+    bank: Tensor,
+    bank_labels: Tensor,
+    query: Tensor,
+    labels: Tensor,
+    *,
+    k: Sequence[int],
+    temperature: float,
+    classes: int,
+) -> dict[int, float]:
+    """Top-1 of a vote of the k nearest pictures of the bank, weighted by exp(cosine / temperature), for each k.
+
+    Wu et al., CVPR 2018, section 3.4; the protocol of DINO (Caron et al., ICCV 2021).
+    """
+    bank, query = F.normalize(bank, dim=1), F.normalize(query, dim=1)
+    correct = dict.fromkeys(k, 0)
+    for start in range(0, len(query), CHUNK):
+        similarity, nearest = (query[start : start + CHUNK] @ bank.T).topk(min(max(k), len(bank)), dim=1)
+        weights, votes = (similarity / temperature).exp(), bank_labels[nearest]
+        for each in k:
+            score = torch.zeros(len(votes), classes, device=bank.device, dtype=bank.dtype)
+            score.scatter_add_(1, votes[:, :each], weights[:, :each])
+            correct[each] += int((score.argmax(1) == labels[start : start + CHUNK]).sum())
+    return {each: n / len(query) for each, n in correct.items()}

@@ -1,0 +1,1 @@
+"""What happens to a picture before the model sees it."""
