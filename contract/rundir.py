@@ -71,13 +71,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def write_once(path: Path, data: str) -> bool:
     """Make ``path`` unless it exists. True for the one caller, of many at once, who made it."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    partial.write_text(data)
     try:
+        partial.write_text(data)
         os.link(partial, path)
     except FileExistsError:
         return False
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     return True
 
 
@@ -235,7 +235,7 @@ def state(folder: Path) -> State:
         return "running"
     if (folder / CANCELLED).exists():
         return "cancelled"
-    records = attempts(folder)
+    records, _ = read_journal(attempts_file(folder, 0))  # in the order of writing: clocks may jump
     ends = {r.get("attempt"): r for r in records if r.get("event") == "end"}
     starts = [r for r in records if r.get("event") == "start"]
     if not starts:

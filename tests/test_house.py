@@ -35,7 +35,9 @@ def test_nothing_below_tests_is_a_package():
 
 def test_setup_cfg_lists_every_package():
     listed = set(SETUP["options"]["packages"].split()) - {"launcher.configs"}
-    found = {".".join(p.parent.relative_to(ROOT).parts) for name in PACKAGES for p in (ROOT / name).rglob("__init__.py")}
+    found = {
+        ".".join(p.parent.relative_to(ROOT).parts) for name in PACKAGES for p in (ROOT / name).rglob("__init__.py")
+    }
     assert listed == found
 
 
@@ -61,11 +63,12 @@ def tracked(*patterns: str) -> list[Path]:
 
 
 def test_relative_links_in_markdown_lead_somewhere():
-    broken = []
-    for page in tracked("*.md") or [ROOT / "README.md"]:
-        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
-            if not re.match(r"[a-z]+:", target) and not (page.parent / target).exists():
-                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in tracked("*.md") or [ROOT / "README.md"]
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text())
+        if not re.match(r"[a-z]+:", target) and not (page.parent / target).exists()
+    ]
     assert not broken
 
 

@@ -21,17 +21,14 @@ def main() -> None:
         transform = ResizeCenterCrop(encoder.image_size, settings.eval_crop)
         prepare = pictures.normaliser(settings)
         train, val = pictures.load(settings, "train"), pictures.load(settings, "val")
-        bank, query = (
-            probe.features(
-                encoder, pictures.in_order(settings, each, transform, settings.batch_size), prepare, settings.features
-            )
-            for each in (train, val)
-        )
+        loaders = [pictures.in_order(settings, each, transform, settings.batch_size) for each in (train, val)]
+        bank, query = (probe.features(encoder, each, prepare, settings.features) for each in loaders)
         metrics = {"knn/loo1": probe.leave_one_out(*query)}
         voted = probe.weighted_knn(
             *bank, *query, k=settings.k, temperature=settings.temperature, classes=len(train.classes)
         )
         metrics |= {f"knn/top1_k{k}": value for k, value in voted.items()}
+        metrics |= pictures.skipped(settings, *loaders)
         run.track(1, 1, metrics)
         run.finish(metrics, 1)
 

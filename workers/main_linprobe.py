@@ -76,15 +76,18 @@ def main() -> None:
         centre: Transform = ResizeCenterCrop(encoder.image_size, settings.eval_crop)
         crop: Transform = RandomResizedCrop(encoder.image_size) if settings.augment == "crop" else centre
 
+        read: list[DataLoader[Any]] = []  # the loaders that met the files
+
         def encode(each: Pictures) -> Cached:
-            loader = pictures.in_order(settings, each, centre)
-            return Cached(*probe.features(encoder, loader, normalise, settings.features), each.classes)
+            read.append(pictures.in_order(settings, each, centre))
+            return Cached(*probe.features(encoder, read[-1], normalise, settings.features), each.classes)
 
         if settings.cache_features:  # without augmentation every epoch sees the same pictures: encode them once
             train, val = encode(train), encode(val)
             normalise = nn.Identity()
         loader = pictures.shuffled(settings, train, crop, settings.batch_size)
         val_loader = pictures.in_order(settings, val, centre)
+        read = read or [loader, val_loader]
 
         def prepare(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             return normalise(batch[0]), batch[1].to(distributed.device(), non_blocking=True)
@@ -118,7 +121,7 @@ def main() -> None:
         )
         if finished:
             steps = settings.epochs * (len(loader) // (settings.accum_iter or 1))
-            metrics = evaluate(model, val_loader, prepare)
+            metrics = evaluate(model, val_loader, prepare) | pictures.skipped(settings, *read)
             run.track(steps, steps, metrics)
             run.finish(metrics, steps)
 

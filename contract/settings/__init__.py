@@ -211,9 +211,14 @@ def _hints(cls: Any) -> dict[str, Any]:
     return _HINTS[cls]
 
 
+@functools.cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return typing.get_origin(hint), typing.get_args(hint)
+
+
 def coerce(value: Any, hint: Any, key: str) -> Any:
     """``value`` as the annotated type; an int serves as a float, and so does ``1e-3``, which is text to YAML 1.1."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin, args = _parts(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -250,7 +255,7 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if not math.isfinite(value):
                 raise SettingsError(f"{key}={value}: expected a finite number")
-            return float(value)
+            return float(value) + 0.0  # -0.0 is 0.0, in an identity too
     elif hint is int:
         if isinstance(value, float) and value.is_integer():
             return int(value)

@@ -7,6 +7,9 @@ from typing import Literal
 
 from contract.settings.checks import SettingsError, at_least
 
+EMBEDDED = ("digits", "fake")  # need no data_path
+HAS_UNLABELLED = ("stl10",)
+
 
 @dataclass(kw_only=True)
 class Data:
@@ -20,12 +23,20 @@ class Data:
     check: Literal["launch", "node"] = "launch"  # where a missing data_path is refused
     download: bool = False
     on_error: Literal["stop", "skip"] = "stop"  # a picture that cannot be read
+    part: Literal["labelled", "unlabelled", "all"] = field(default="labelled", metadata={"absent": "labelled"})
+    shorter_side: int | None = field(default=None, metadata={"absent": None})  # brought down to it before all else
+    cache: str | None = None  # folder for decoded pictures; changes no pixel
+    worker_affinity: bool = False  # loader processes on all cores of the job, whatever this process was pinned to
     size: int = 32  # of data=fake, in pixels
     length: int = 1600  # of data=fake, in pictures
 
     def __post_init__(self) -> None:
         at_least(self, 0, "classes")
-        at_least(self, 1, "size", "length")
+        at_least(self, 1, "size", "length", "shorter_side")
+        if self.part != "labelled" and self.name not in HAS_UNLABELLED:
+            raise SettingsError(
+                f"data.part={self.part}: of {', '.join(HAS_UNLABELLED)} only; {self.name} is all labelled"
+            )
         for key in ("mean", "std"):
             if len(getattr(self, key)) != 3:
                 raise SettingsError(f"data.{key}={getattr(self, key)}: expected three numbers, one per channel")

@@ -10,6 +10,7 @@ from contract.settings import Training
 from contract.settings.checks import SettingsError, above, at_least, within
 
 Encoder = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+BLOCKS = {"vit_nano": 4, "vit_tiny": 12, "vit_small": 12, "vit_base": 12, "vit_large": 24, "vit_huge": 32}
 
 
 @dataclass(kw_only=True)
@@ -24,6 +25,9 @@ class Projector:
 
 @dataclass(kw_only=True)
 class Settings(Training):
+    epochs: int = 16
+    warmup_epochs: float = 1
+    blr: float = 8e-3
     encoder: Encoder = "vit_nano"
     patch_size: int = 4
     grid_size: int = 7
@@ -65,12 +69,18 @@ class Settings(Training):
         patches = self.grid_size**2
         if self.num_vis > patches - 2:
             raise SettingsError(
-                f"num_vis={self.num_vis}: at least 2 of {patches} patches (grid_size={self.grid_size}) must stay hidden; "
-                f"choose 1 to {patches - 2}"
+                f"num_vis={self.num_vis}: of the {patches} patches of grid_size={self.grid_size} at least 2 must stay "
+                f"hidden; choose 1 to {patches - 2}"
             )
         if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
             raise SettingsError(
                 f"decoder_dim={self.decoder_dim}: must be a multiple of 4 and of decoder_heads={self.decoder_heads}"
+            )
+
+        if self.target_depth not in (None, BLOCKS[self.encoder]):
+            raise SettingsError(
+                f"target_depth={self.target_depth}: the target averages the encoder; with encoder={self.encoder} "
+                f"choose {BLOCKS[self.encoder]} or null"
             )
 
     @property

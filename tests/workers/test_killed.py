@@ -46,7 +46,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path, make_
     killed = make_run(tmp_path / "killed" / "r", **tiny)
     for lines in (1, 4):  # after the first line of its journal, and later
         process = start(killed, processes)
-        wait_for(lambda lines=lines: len(curve(killed)) >= lines or process.poll() is not None)
+        wait_for(lambda lines=lines, process=process: len(curve(killed)) >= lines or process.poll() is not None)
         time.sleep(random.uniform(0, 0.2))
         if process.poll() is None:
             kill_tree(process.pid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -57,8 +58,11 @@ def wrap(model: nn.Module) -> nn.Module:
     """For data-parallel training. Buffers are broadcast only where BatchNorm has some that training changes."""
     if world_size() == 1:
         return model
+    ddp = nn.parallel.DistributedDataParallel
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=batch_norm, gradient_as_bucket_view=True)
+    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.13
+    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": batch_norm}
+    return ddp(model, gradient_as_bucket_view=True, **buffers)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

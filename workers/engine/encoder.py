@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -42,6 +43,8 @@ def load_encoder(where: str) -> Encoder:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         name, kwargs, state = saved["name"], saved["kwargs"], saved["state"]
+    except UnpicklingError as error:
+        raise EncoderError(f"{path}: not an encoder.pt (holds more than tensors and plain values)") from error
     except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, KeyError, TypeError) as error:
         raise EncoderError(f"{path}: not an encoder.pt ({str(error).splitlines()[0]})") from error
     encoder = models.build(name, kwargs)

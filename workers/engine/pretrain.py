@@ -46,7 +46,7 @@ def main(
     with open_run(cls) as run:
         settings = run.settings
         prepare = pictures.normaliser(settings)
-        train, val = pictures.load(settings, "train"), pictures.load(settings, "val")
+        train, val = pictures.load(settings, "train", labelled=False), pictures.load(settings, "val")
         loader = pictures.shuffled(settings, train, transform(settings), settings.batch_size)
         val_loader = pictures.in_order(settings, val, eval_transform(settings))
 
@@ -81,12 +81,12 @@ def main(
         if not finished:
             return
         steps = settings.epochs * (len(loader) // (settings.accum_iter or 1))
-        metrics = evaluate()
+        metrics = evaluate() | pictures.skipped(settings, loader, val_loader)
         run.track(steps, steps, metrics)
         if draw is not None and distributed.rank() == 0:
             (run.folder / rundir.FIGURES).mkdir(exist_ok=True)
-            some = torch.stack([val[i][0] for i in range(0, len(val), max(1, len(val) // 8))][:8])
+            some = pictures.examples(val, eval_transform(settings))
             method.eval()
-            draw(method, prepare(torch.stack([eval_transform(settings)(x) for x in some])), run.folder / rundir.FIGURES)
+            draw(method, prepare(some), run.folder / rundir.FIGURES)
         save_encoder(run.folder, method.encoder, run.identity)
         run.finish(metrics, steps)

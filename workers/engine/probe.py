@@ -73,7 +73,7 @@ def weighted_knn(
     for start in range(0, len(query), CHUNK):
         similarity, nearest = (query[start : start + CHUNK] @ bank.T).topk(min(max(k), len(bank)), dim=1)
         weights, votes = (similarity / temperature).exp(), bank_labels[nearest]
-        for each in k:
+        for each in correct:
             score = torch.zeros(len(votes), classes, device=bank.device, dtype=bank.dtype)
             score.scatter_add_(1, votes[:, :each], weights[:, :each])
             correct[each] += int((score.argmax(1) == labels[start : start + CHUNK]).sum())

@@ -1,0 +1,1 @@
+"""What is minimised. Functions from tensors to scalars."""

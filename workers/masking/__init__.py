@@ -1,0 +1,1 @@
+"""Which patches are hidden. Functions from sizes and a ratio (or a map) to index tensors."""
