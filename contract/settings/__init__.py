@@ -131,9 +131,9 @@ class Training(Settings):
 
     def science(self) -> dict[str, Any]:
         found = super().science()
+        found.pop("accum_iter")  # the effective batch says it
         if not self.local_batch_matters:
             found.pop("batch_size")
-            found.pop("accum_iter")
         return found
 
 

@@ -27,7 +27,7 @@ class Projector:
 class Settings(Training):
     epochs: int = 16
     warmup_epochs: float = 1
-    blr: float = 8e-3
+    blr: float = 1.2e-2
     encoder: Encoder = "vit_nano"
     patch_size: int = 4
     grid_size: int = 7

@@ -1,0 +1,100 @@
+"""Run directories into MLflow: ours against ``log_metric`` call by call, both into fresh SQLite stores.
+
+    python benchmarks/ingest.py [--runs 1000] [--sample 2]
+
+The slow side is timed on a sample of runs and scaled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+STEPS, KEYS, PARAMS = 100, ("train/loss", "train/lr", "train/momentum", "knn/loo1", "knn/top1"), 60
+
+
+def fill(output_dir: Path, runs: int) -> None:
+    """Finished runs with curves, as workers leave them."""
+    from contract import rundir
+
+    for number in range(runs):
+        identity = f"{number:08x}"
+        folder = rundir.run_dir(output_dir, "main_knn", identity)
+        folder.mkdir(parents=True)
+        run = {
+            "schema": rundir.SCHEMA,
+            "identity": identity,
+            "group": identity[:6],
+            "worker": "main_knn",
+            "stage": "knn",
+        }
+        run |= {"name": "bench", "seed": number, "parents": [], "code": {"hash": "c0de"}, "submitted": 1.7e9}
+        (folder / rundir.RUN).write_text(json.dumps(run))
+        (folder / rundir.CONFIG).write_text("".join(f"key_{i}: value_{i}\n" for i in range(PARAMS)))
+        lines = [
+            {"step": s, "of": STEPS, "time": 1.7e9 + s, **dict.fromkeys(KEYS, s * 0.01)} for s in range(1, STEPS + 1)
+        ]
+        (folder / rundir.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        done = {"metrics": {"knn/loo1": 1.0}, "steps": STEPS, "time": 1.7e9 + STEPS}
+        (folder / rundir.DONE).write_text(json.dumps(done))
+        start = {"event": "start", "attempt": "a", "time": 1.7e9}
+        (folder / "attempts.0.jsonl").write_text(json.dumps(start) + "\n")
+
+
+def call_by_call(file: Path, runs: int) -> float:
+    """Seconds a run, as a training script that logs to MLflow spends them."""
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{file}")
+    mlflow.set_experiment("bench")
+    begun = time.perf_counter()
+    for _ in range(runs):
+        with mlflow.start_run():
+            mlflow.log_params({f"key_{i}": f"value_{i}" for i in range(PARAMS)})
+            for step in range(1, STEPS + 1):
+                for key in KEYS:
+                    mlflow.log_metric(key, step * 0.01, step=step)
+    return (time.perf_counter() - begun) / runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--sample", type=int, default=2)
+    args = parser.parse_args()
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    with tempfile.TemporaryDirectory() as place:
+        from analysis.store import Store
+
+        slow_file = Path(place, "slow.db")
+        Store(f"sqlite:///{slow_file}", Path(place)).open()
+        slow = call_by_call(slow_file, args.sample) * args.runs
+        output_dir = Path(place, "runs")
+        output_dir.mkdir()
+        fill(output_dir, args.runs)
+        command = [sys.executable, "-m", "analysis.ingest", "--output-dir", str(output_dir), "--json"]
+        found = []
+        for _ in range(2):
+            begun = time.perf_counter()
+            answer = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+            found.append((time.perf_counter() - begun, json.loads(answer)))
+    (first, count), (again, nothing) = found
+    assert (count["new"], nothing["unchanged"], nothing["metrics"]) == (args.runs, args.runs, 0)
+    print(f"{args.runs:,} runs x {STEPS} steps x {len(KEYS)} metrics into SQLite")
+    print(f"  log_metric call by call   {slow:9.1f} s   ({args.sample} runs measured, scaled)")
+    print(f"  analysis.ingest           {first:9.1f} s   start, import and migrations included")
+    print(f"  again, nothing new        {again:9.1f} s")
+    print(f"  ratio                     {slow / first:9.1f} x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""From a command line to a verb. Nothing is imported before it is known what for: ``--help`` costs what Python does."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+START = """\
+sightline: from a config to a cell of a paper table.
+
+  make demo                                       the whole way on this machine, in minutes
+  python launcher.py plan quickstart              what that study has, and what is missing
+  python launcher.py fill quickstart              run what is missing
+  python launcher.py table quickstart             print the table
+  python launcher.py worker=main_lmim --dry-run   one run: what would be done; without --dry-run, do it
+  python launcher.py worker=main_lmim seed=0,1,2 tau=0.1,0.2 then=[main_knn]      a sweep, each run evaluated
+
+  python launcher.py --help                       the verbs; VERB --help says more
+  python launcher.py doctor                       is this installation complete?
+"""
+
+LAUNCH = """\
+Start one run, or a sweep: KEY=VALUE as in Hydra, with commas and range() to sweep over and [a,b] for lists.
+Groups (data=, env=, recipe=, worker=) choose a file below configs/.
+"""
+
+SELECTION = """\
+SELECTION: names of studies, sweeps or workers, beginnings of identities; narrowed down by index ranges (0,4-7), by
+:state (finished running waiting stopped failed cancelled) and by key=value. output_dir=DIR says where to look.
+"""
+
+EXITS = """\
+exit codes: 0 done; 1 internal error; 2 wrong usage or configuration, nothing was started; 3 scheduler unreachable;
+4 refused; 100 some runs failed, 101 not finished, 102 not found, 103 cancelled; 130 Ctrl-C
+"""
+
+VERBS = {
+    "plan": "what a study or launch has, and what is missing: reuse, stale, queued, new, failed",
+    "fill": "run what a study or launch is missing",
+    "table": "print the table of a study, complete or not; other flags go to analysis.tables",
+    "status": "how the runs get on",
+    "logs": "the log of one run",
+    "cancel": "stop runs for good, those that wait too",
+    "retry": "start failed, stopped or cancelled runs again, where they left off",
+    "ingest": "copy what the run directories hold into the MLflow store; other flags go to analysis.ingest",
+    "ui": "MLflow's page on this machine, after an ingest",
+    "doctor": "check the installation, the data paths, the disk, the store; says how to mend it",
+}
+
+
+def parser(verb: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python launcher.py" + (f" {verb}" if verb else ""),
+        usage=f"%(prog)s {_usage(verb)}",
+        description=VERBS[verb] if verb else LAUNCH,
+        epilog=_epilog(verb),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = made.add_argument
+    flag("words", nargs="*", help=argparse.SUPPRESS)
+    if verb in (None, "plan", "fill"):
+        flag("--config-name", "-cn", default="config", metavar="NAME", help="start from configs/NAME.yaml")
+        flag("-m", "--multirun", action="store_true", help="accepted: commas and range() sweep with or without it")
+    if verb in (None, "fill", "retry"):
+        flag("-n", "--dry-run", action="store_true", help="print what would be done; write nothing")
+        flag("-q", "--quiet", action="store_true", help="errors only")
+    if verb in (None, "plan", "fill", "status"):
+        flag("--json", action="store_true", help="one JSON object per run and line")
+    if verb in (None, "fill"):
+        flag("--stale", action="store_true", help="run again what other code made")
+    if verb == "logs":
+        flag("-f", "--follow", action="store_true", help="go on until the run ends")
+    if verb == "ui":
+        flag("--port", type=int, default=5000)
+        flag("--store", metavar="URI", help="another store than OUTPUT_DIR/mlflow.db")
+    if verb in (None, "cancel"):
+        flag("-y", "--yes", action="store_true", help="do not ask")
+    flag("--no-color", action="store_true", help="no colours; so does the variable NO_COLOR")
+    return made
+
+
+def _usage(verb: str | None) -> str:
+    match verb:
+        case None:
+            return "KEY=VALUE... [-n]   or   VERB ... [--help]"
+        case "plan" | "fill":
+            return "STUDY [KEY=VALUE...] | KEY=VALUE... [options]"
+        case "table":
+            return "STUDY [KEY=VALUE...] [--format md|latex|csv|html|term ...]"
+        case "logs":
+            return "RUN [-f]"
+        case "ingest" | "ui" | "doctor":
+            return "[output_dir=DIR] [options]"
+        case _:
+            return "[SELECTION] [options]"
+
+
+def _epilog(verb: str | None) -> str:
+    if verb is None:
+        return "verbs:\n" + "".join(f"  {name:8} {what}\n" for name, what in VERBS.items()) + "\n" + EXITS
+    return (SELECTION if verb in ("status", "logs", "cancel", "retry") else "") + EXITS
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Ends the process with the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        print(START, end="")
+        sys.exit(0)
+    bare = "=" not in words[0] and not words[0].startswith(("-", "~", "+"))
+    verb = words.pop(0) if bare else None
+    if verb is not None and verb not in VERBS:
+        print(f"{verb}: no such verb; choose one of {', '.join(VERBS)}, or launch with key=value", file=sys.stderr)
+        sys.exit(2)
+    reader = parser(verb)
+    if verb in ("table", "ingest") and not {"-h", "--help"} & set(words):
+        flags = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+        args = reader.parse_args(words[:flags])
+        args.rest = words[flags:]  # analysis reads these
+    else:
+        args = reader.parse_intermixed_args(words)
+    sys.exit(_run(verb or "launch", args))
+
+
+def _run(verb: str, args: argparse.Namespace) -> int:
+    from contract.rundir import RunDirError
+    from contract.settings.checks import SettingsError
+    from launcher import NotFound, Refused, Unavailable, verbs
+
+    try:
+        code: int = getattr(verbs, verb)(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (SettingsError, RunDirError, NotFound, Unavailable, Refused) as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        codes = {NotFound: 102, Unavailable: 3, Refused: 4}
+        return codes.get(type(error), 2)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error.filename or ''}: {error.strerror or error}".replace(": :", ":"), file=sys.stderr)
+        return 1
+    return code

@@ -1,0 +1,207 @@
+"""What a person sees: results on stdout, progress on stderr, one screen at any size. Colours on a terminal only."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from contract import rundir
+from launcher.plan import STATES, Plan
+from launcher.rundirs import Found
+
+COLOURS = {
+    "finished": "green", "reuse": "green", "running": "blue", "queued": "yellow", "waiting": "yellow", "new": "yellow",
+    "stopped": "yellow", "stale": "magenta", "failed": "red", "cancelled": "bright_black", "blocked": "bright_black",
+}  # fmt: skip
+RUN_STATES: tuple[rundir.State, ...] = ("finished", "running", "waiting", "stopped", "failed", "cancelled")
+AT_MOST = 12  # lines of a list; the rest is counted
+EVERY = 0.1  # of a run, between two lines where there is no terminal
+
+
+def console(no_color: bool = False, stderr: bool = False) -> Console:
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else 200
+    return Console(no_color=no_color or None, stderr=stderr, highlight=False, markup=False, width=wide, soft_wrap=True)
+
+
+def plain(text: Any) -> str:
+    """Names come from people: no control character of theirs reaches the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def counts(head: Sequence[str], rows: Mapping[tuple[str, ...], Counter[str]], states: Iterable[str]) -> Table:
+    """One row per stage, one column per state that occurs."""
+    total: Counter[str] = sum(rows.values(), Counter())
+    shown = [s for s in states if total[s]]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in head:
+        table.add_column(name)
+    for name in [*shown, "total"]:
+        table.add_column(name, justify="right", style=COLOURS.get(name))
+    lines = [*rows.items()] + ([(("all", *[""] * (len(head) - 1)), total)] if len(rows) > 1 else [])
+    for names, found in lines:
+        table.add_row(*map(plain, names), *(str(found[s]) if found[s] else "-" for s in shown), str(found.total()))
+    return table
+
+
+def plan(out: Console, plan: Plan) -> None:
+    title = f"{plan.study.title}, " if plan.study else ""
+    out.print(f"{plain(plan.name)}: {title}{runs(len(plan.runs))} in {plain(short(plan.output_dir))}")
+    rows: dict[tuple[str, ...], Counter[str]] = {}
+    for run in plan.runs:
+        rows.setdefault((run.stage, run.settings.worker), Counter())[run.state] += 1
+    out.print(counts(["stage", "worker"], rows, STATES))
+    changed = sorted({path for r in plan.runs for path in r.changed})
+    if changed:
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        out.print(f"stale: made before these changed: {', '.join(changed[:4])}{more}; fill --stale makes them again")
+
+
+def runs(n: int) -> str:
+    return "1 run" if n == 1 else f"{n:,} runs"
+
+
+def short(path: Path) -> str:
+    """As the user would type it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def status(out: Console, found: Sequence[Found], output_dir: Path) -> None:
+    rows: dict[tuple[str, ...], Counter[str]] = {}
+    for each in found:
+        rows.setdefault((str(each.info.get("stage", "")), str(each.info["worker"])), Counter())[each.state] += 1
+    out.print(f"{plain(short(output_dir))}: {runs(len(found))}")
+    out.print(counts(["stage", "worker"], rows, RUN_STATES))
+    for state in ("running", "failed"):
+        some = [f for f in found if f.state == state]
+        for each in some[:AT_MOST]:
+            name = f"{each.info.get('name')} {each.identity[:8]} seed={each.info['seed']}"
+            how = progress(each.folder) if state == "running" else last_words(each.folder)
+            line = Text(f"{state:8}", style=COLOURS[state]).append(plain(f" {name}  {how}"), style="default")
+            out.print(line, overflow="ellipsis", no_wrap=True, soft_wrap=False)
+        if len(some) > AT_MOST:
+            out.print(f"{state:8} and {len(some) - AT_MOST} more: python launcher.py status :{state} --json")
+    if any(f.state in ("failed", "stopped", "cancelled") for f in found):
+        out.print("next: python launcher.py logs RUN; python launcher.py retry :failed, :stopped or :cancelled")
+
+
+def progress(folder: Path) -> str:
+    record = rundir.last_record(folder / rundir.METRICS)
+    if record is None:
+        return "starting"
+    shown = "  ".join(f"{k.partition('/')[2]} {v:.4g}" for k, v in list(_metrics(record).items())[:2])
+    return f"step {record.get('step')} of {record.get('of')}  {shown}  {ago(float(record.get('time', 0)))}"
+
+
+def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in record.items() if "/" in k and isinstance(v, (int, float))}
+
+
+def ago(when: float) -> str:
+    return f"{span(max(0.0, time.time() - when))} ago"
+
+
+def span(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def last_words(folder: Path) -> str:
+    """Why the last attempt failed: what killed it, or the last line of its log that names an error."""
+    records, _ = rundir.read_journal(rundir.attempts_file(folder, 0))
+    last = records[-1] if records else {"event": "end"}
+    if last.get("event") != "end":
+        return "killed without a warning, or its machine went down"
+    if last.get("signal"):
+        return f"killed by {signal.Signals(int(last['signal'])).name}"
+    try:
+        with (folder / rundir.LOG).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 16384))
+            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    except FileNotFoundError:
+        lines = []
+    ours = [line.rpartition("error: ")[2] for line in lines if "error: " in line]
+    raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?(?!.*ChildFailed)[\w.]*(Error|Exception)\b", line)]
+    return (ours or raised or lines or ["it left no word"])[-1][:300]
+
+
+class Watch:
+    """The runs of one launch as they go: bars on a terminal, else a line at a start, an end, and every tenth."""
+
+    def __init__(self, total: int, no_color: bool = False, quiet: bool = False):
+        self.total, self.ended_runs, self.quiet = total, 0, quiet
+        self.out = console(no_color, stderr=True)
+        self.shown: dict[Path, float] = {}
+        self.began: dict[Path, float] = {}
+        self.tasks: dict[Path, TaskID] = {}
+        self.bars: Progress | None = None
+        if self.out.is_terminal and not quiet:
+            note = TextColumn("{task.fields[note]}")
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
+            self.bars = Progress(*columns, console=self.out, transient=True)
+
+    def __enter__(self) -> Watch:
+        if self.bars:
+            self.bars.start()
+            self.all = self.bars.add_task("all runs", total=self.total, note="")
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def _say(self, text: str, state: str) -> None:
+        if not self.quiet:
+            word = Text(f"{state:9}", style=COLOURS.get(state, "default"))
+            self.out.print(word.append(" " + plain(text), style="default"))
+
+    def started(self, folder: Path, name: str) -> None:
+        self.shown[folder], self.began[folder] = 0.0, time.time()
+        if self.bars:
+            self.tasks[folder] = self.bars.add_task(plain(name), total=None, note="starting")
+        else:
+            self._say(name, "start")
+
+    def moved(self, folder: Path, name: str) -> None:
+        record = rundir.last_record(folder / rundir.METRICS)
+        if self.quiet or not record or not record.get("of") or float(record.get("time", 0)) < self.began[folder]:
+            return
+        note = "  ".join(f"{k} {v:.4g}" for k, v in list(_metrics(record).items())[:1])
+        if self.bars:
+            self.bars.update(self.tasks[folder], completed=record["step"], total=record["of"], note=note)
+        elif record["step"] / record["of"] >= self.shown[folder] + EVERY:
+            self.shown[folder] = record["step"] / record["of"]
+            self._say(f"{name}  {self.shown[folder]:.0%}  {note}", "")
+
+    def ended(self, folder: Path, name: str, state: rundir.State | None, why: str) -> None:
+        self.ended_runs += 1
+        if self.bars:
+            if folder in self.tasks:
+                self.bars.remove_task(self.tasks.pop(folder))
+            self.bars.update(self.all, completed=self.ended_runs)
+        took = f" in {span(time.time() - self.began[folder])}" if folder in self.began else ""
+        if state == "finished":
+            note = ""
+            with contextlib.suppress(rundir.RunDirError):
+                metrics = rundir.read_json(folder / rundir.DONE).get("metrics") or {}
+                note = "  ".join(f"{k} {v:.4g}" for k, v in list(_metrics(metrics).items())[:3])
+        else:
+            note = why or (last_words(folder) if state == "failed" else "")
+            note += f"  ({short(folder / rundir.LOG)})" if state == "failed" else ""
+        self._say(f"{name}  {self.ended_runs} of {self.total}{took}  {note}", state or "blocked")

@@ -1,0 +1,279 @@
+"""What the verbs do. Each takes the parsed arguments and gives the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from contract import rundir
+from contract.settings.checks import SettingsError
+from launcher import CONFIGS, ROOT, NotFound, Refused, Unavailable, backends, capsule, rundirs, show
+from launcher.plan import Plan, Run, absolute, check_data
+from launcher.rundirs import Found, Submission
+
+ASK_ABOVE = 10
+
+
+# -- launching --------------------------------------------------------------------------------------------------------
+
+
+def launch(args: argparse.Namespace) -> int:
+    return _start(_plan(args), args)
+
+
+def plan(args: argparse.Namespace) -> int:
+    found = _plan(args)
+    if args.json:
+        _json_lines(run.line() for run in found.runs)
+        return 0
+    out = show.console(args.no_color)
+    show.plan(out, found)
+    words = shlex.join(args.words)
+    verb = "fill" if found.todo() else "table" if found.study else "status"
+    out.print(f"next: python launcher.py {verb} {words}")
+    return 0
+
+
+def fill(args: argparse.Namespace) -> int:
+    return _start(_plan(args), args)
+
+
+def retry(args: argparse.Namespace) -> int:
+    words, output_dir = _place(args.words)
+    if not words:
+        raise SettingsError("retry: say which, for instance :failed or a run's identity")
+    chosen = [f for f in rundirs.select(words, output_dir) if f.state not in ("finished", "running")]
+    if not chosen:
+        print("nothing to retry", file=sys.stderr)
+        return 0
+    ready = {f.identity for f in chosen}
+    waiting = [f for f in rundirs.select([":waiting"], output_dir) if f.identity not in ready]
+    chosen += [f for f in waiting if ready.intersection(f.info.get("parents", ()))]  # what waited for them
+    runs = rundirs.again(chosen, output_dir)
+    if not args.dry_run:
+        for run in runs:
+            rundirs.allow(run.folder)
+    runs = [dataclasses.replace(r, state="new") for r in runs]
+    return _start(Plan(name="retry", output_dir=output_dir, runs=tuple(runs)), args)
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    from launcher import launches, sweep  # hydra: 0.2 s that the other verbs need not wait for
+
+    words: list[str] = args.words
+    if words and "=" not in words[0]:
+        return launches.of_study(words[0], sweep.points(words[1:]))
+    return launches.of_launch(sweep.points(words), getattr(args, "config_name", "config"))
+
+
+def _start(found: Plan, args: argparse.Namespace) -> int:
+    """Run what is missing of a plan, or say what that would be."""
+    dry, out = args.dry_run, show.console(args.no_color, stderr=True)
+    todo = found.todo(getattr(args, "stale", False))
+    if getattr(args, "json", False):
+        _json_lines(run.line() for run in found.runs)
+    elif not args.quiet:
+        show.plan(out, found)
+    if not dry:
+        check_data(todo)
+        if found.study:
+            rundirs.write_study(found)
+    if not todo:
+        if not args.quiet:
+            out.print("nothing to do")
+        return 0
+    submission, backend, code = _submission(found, todo, dry)
+    if dry:
+        if not getattr(args, "json", False):
+            print(backend.render(submission), end="")
+        return 0
+    submission.capsule.parent.mkdir(parents=True, exist_ok=True)
+    code.store(found.output_dir)
+    rundirs.write(submission, found, code.commit())
+    with show.Watch(len(todo), args.no_color, args.quiet) as watch:
+        status = backend.submit(submission, watch)
+    if status == 130:
+        print("stopped; the same command goes on where it left off", file=sys.stderr)
+    else:
+        _ingest(found.output_dir, args.quiet)
+    return status
+
+
+def _submission(found: Plan, todo: Sequence[Run], dry: bool) -> tuple[Submission, backends.Backend, capsule.Capsule]:
+    schedulers = {r.settings.env.scheduler for r in todo}
+    if len(schedulers) > 1:
+        raise SettingsError(f"env.scheduler={','.join(sorted(schedulers))}: one launch goes to one scheduler")
+    scheduler = schedulers.pop()
+    try:
+        backend = backends.load(scheduler)
+    except Unavailable:
+        if not dry:
+            raise
+        print(f"# {scheduler}: its script is not built yet; this is what the jobs would run")
+        backend = backends.load("local")
+    slots = 1
+    if scheduler == "local":
+        from launcher.backends import local
+
+        if any(r.settings.env.nodes > 1 for r in todo):
+            raise SettingsError("env.nodes: this is one machine; env.slurm=True or env.lsf=True asks for more")
+        slots = local.slots(todo)
+        for run in todo:
+            run.settings.env.max_parallel = slots  # the supervisor shares the cores out by it
+    apart: list[str | Path] = [found.output_dir, *(r.settings.data_path for r in todo if r.settings.data_path)]
+    code = capsule.collect(apart)
+    where = code.path(found.output_dir)
+    submission = Submission(name=found.name, output_dir=found.output_dir, capsule=where, runs=tuple(todo), slots=slots)
+    return submission, backend, code
+
+
+# -- looking ----------------------------------------------------------------------------------------------------------
+
+
+def status(args: argparse.Namespace) -> int:
+    words, output_dir = _place(args.words)
+    found = _select(words, output_dir)
+    if args.json:
+        _json_lines(_described(f) for f in found)
+    else:
+        show.status(show.console(args.no_color), found, output_dir)
+    states = {f.state for f in found}
+    if "failed" in states:
+        return 100
+    if states & {"running", "waiting", "stopped"}:
+        return 101
+    return 103 if "cancelled" in states else 0
+
+
+def _described(found: Found) -> dict[str, object]:
+    record = rundir.last_record(found.folder / rundir.METRICS) or {}
+    info = {key: found.info.get(key) for key in ("identity", "group", "name", "worker", "stage", "seed")}
+    return {**info, "state": found.state, "step": record.get("step"), "of": record.get("of"), "dir": str(found.folder)}
+
+
+def logs(args: argparse.Namespace) -> int:
+    words, output_dir = _place(args.words)
+    match _select(words, output_dir) if words else []:
+        case [one]:
+            path = one.folder / rundir.LOG
+        case []:
+            raise SettingsError("logs: say which run; python launcher.py status --json lists them")
+        case many:
+            raise SettingsError(f"logs: {len(many)} runs match: {', '.join(f.identity for f in many[:12])}")
+    offset = 0
+    while True:
+        over = rundir.state(one.folder) != "running"  # looked at before the last read, so that no line is missed
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(offset)
+                sys.stdout.buffer.write(file.read())
+                offset = file.tell()
+            sys.stdout.flush()
+        if over or not args.follow:
+            return 0
+        time.sleep(0.5)
+
+
+def cancel(args: argparse.Namespace) -> int:
+    words, output_dir = _place(args.words)
+    if not words:
+        raise SettingsError("cancel: say which, for instance :waiting or a run's identity")
+    chosen = [f for f in _select(words, output_dir) if f.state not in ("finished", "cancelled")]
+    if len(chosen) > ASK_ABOVE and not args.yes:
+        if not sys.stdin.isatty():
+            raise Refused(f"cancel: {len(chosen)} runs; add -y to cancel more than {ASK_ABOVE} without being asked")
+        if input(f"cancel {len(chosen)} runs? [y/N] ").strip().lower() not in ("y", "yes"):
+            return 4
+    for each in chosen:
+        (each.folder / rundir.CANCELLED).touch()
+    backends.load("local").cancel([f.folder for f in chosen])
+    print(f"{len(chosen)} cancelled; python launcher.py retry takes it back")
+    return 0
+
+
+# -- analysis, which runs in a process of its own ---------------------------------------------------------------------
+
+
+def table(args: argparse.Namespace) -> int:
+    if not args.words:
+        raise SettingsError("table: say which study")
+    path = rundirs.write_study(_plan(args))
+    return _analysis("tables", "--manifest", str(path), *args.rest)
+
+
+def ingest(args: argparse.Namespace) -> int:
+    _, output_dir = _place(args.words)
+    return _analysis("ingest", "--output-dir", str(output_dir), *args.rest)
+
+
+def ui(args: argparse.Namespace) -> int:
+    _, output_dir = _place(args.words)
+    store = args.store or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_dir / 'mlflow.db'}"
+    if code := _analysis("ingest", "--output-dir", str(output_dir), *(["--store", args.store] if args.store else [])):
+        return code
+    if store.startswith("http"):
+        print(f"the store is a server: open {store}")
+        return 0
+    # By the environment: a database's address may hold a password, and every user can read the words of a process.
+    env = {**os.environ, "MLFLOW_BACKEND_STORE_URI": store}
+    words = ["ui", "--host", "127.0.0.1", "--port", str(args.port)]
+    return subprocess.run([sys.executable, "-m", "mlflow", *words], env=env, check=False).returncode
+
+
+def _ingest(output_dir: Path, quiet: bool) -> None:
+    """After a launch: into the store. A view: whatever goes wrong here, the runs are done."""
+    if importlib.util.find_spec("mlflow") is None:
+        say = "not ingested: mlflow is not installed; pip install 'sightline[analysis]', then python launcher.py ingest"
+    else:
+        done = _analysis("ingest", "--output-dir", str(output_dir), quiet=True)
+        say = "not ingested; python launcher.py ingest says why" if done else ""
+    if say and not quiet:
+        print(say, file=sys.stderr)
+
+
+def _analysis(module: str, *words: str, quiet: bool = False) -> int:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    silent = subprocess.DEVNULL if quiet else None
+    command = [sys.executable, "-m", f"analysis.{module}", *words]
+    return subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, stdout=silent, stderr=silent, check=False
+    ).returncode
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from launcher import doctor
+
+    return doctor.main(_place(args.words)[1])
+
+
+# -- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _place(words: Sequence[str]) -> tuple[list[str], Path]:
+    """The words without ``output_dir=DIR``, and that folder."""
+    said = [w.partition("=")[2] for w in words if w.startswith("output_dir=")]
+    default = yaml.safe_load((CONFIGS / "config.yaml").read_text())["output_dir"]
+    return [w for w in words if not w.startswith("output_dir=")], Path(absolute(said[-1] if said else default))
+
+
+def _select(words: Sequence[str], output_dir: Path) -> list[Found]:
+    found = rundirs.select(words, output_dir)
+    if not found:
+        raise NotFound(f"no such run in {output_dir}; output_dir=DIR looks elsewhere")
+    return found
+
+
+def _json_lines(lines: object) -> None:
+    for line in lines:  # type: ignore[attr-defined]
+        print(json.dumps(line, ensure_ascii=False))
