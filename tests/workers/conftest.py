@@ -22,7 +22,7 @@ TINY = {  # a Latent MIM that trains in seconds on noise
     "epochs": 3,
     "batch_size": 8,
     "eval_freq": 1,
-    "log_every": 4,
+    "log_every": 5,
     "blr": 8e-3,
 }
 

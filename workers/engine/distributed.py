@@ -61,7 +61,7 @@ def wrap(model: nn.Module) -> nn.Module:
     ddp = nn.parallel.DistributedDataParallel
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.13
-    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": batch_norm}
+    buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": batch_norm}
     return ddp(model, gradient_as_bucket_view=True, **buffers)
 
 

@@ -115,6 +115,7 @@ def fit(
                     model.train()
                 due = epoch_ends and checkpoint_epochs and (epoch + 1) % checkpoint_epochs == 0
                 if stopping or saving or due or step == total:
+                    meter.collect()
                     checkpoint.save(step)
                     pace.saved()
                 if stopping and step < total:

@@ -12,13 +12,15 @@ from . import distributed
 
 
 class Meter:
-    """Sums of scalars since the last ``read``. Part of the checkpoint, so that a resumed run writes the same lines."""
+    """Sums of scalars since the last ``read``. Part of the checkpoint, so that a resumed run writes the same lines:
+    every rank's own sums, since the mean of a mean would round differently."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.names: list[str] = []
         self.sums = torch.zeros(0, dtype=torch.float64, device=device)
         self.count = 0
+        self.of_all = self.sums[None]
         self._bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, scalars: Mapping[str, Tensor], step: int) -> None:
@@ -43,9 +45,15 @@ class Meter:
         self.sums, self.count = torch.zeros_like(self.sums), 0
         return {f"train/{name}": value for name, value in zip(self.names, means, strict=True)}
 
+    def collect(self) -> None:
+        """Bring the sums of all ranks together; all ranks call it right before a checkpoint."""
+        self.of_all = distributed.gather(self.sums[None])
+
     def state_dict(self) -> dict[str, Any]:
-        return {"names": self.names, "sums": self.sums, "count": self.count}
+        return {"names": self.names, "sums": self.of_all, "count": self.count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.names, self.count = state_dict["names"], state_dict["count"]
-        self.sums = state_dict["sums"].to(self.device)
+        self.names, self.count, self.of_all = state_dict["names"], state_dict["count"], state_dict["sums"]
+        same_world = len(self.of_all) == distributed.world_size()
+        mine = self.of_all[distributed.rank()] if same_world else self.of_all.mean(0)
+        self.sums = mine.to(self.device, copy=True)
