@@ -18,7 +18,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 demo: install
 	$(BIN)/python launcher.py fill quickstart
 	@$(BIN)/python launcher.py table quickstart
-	@$(BIN)/python -m analysis.figures --manifest runs/studies/quickstart.json
+	@echo; echo "pictures:"; $(BIN)/python -m analysis.figures --manifest runs/studies/quickstart.json
+	@echo; echo "MLflow store: runs/mlflow.db    its pages: $(BIN)/python launcher.py ui"
 
 test: install
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
