@@ -27,7 +27,7 @@ def fill(output_dir: Path, runs: int) -> None:
     from contract import rundir
 
     for number in range(runs):
-        identity = f"{number:08x}"
+        identity, begin = f"{number:08x}", 1.7e9 + 977 * number  # no two runs start at the same moment
         folder = rundir.run_dir(output_dir, "main_knn", identity)
         folder.mkdir(parents=True)
         run = {
@@ -37,16 +37,16 @@ def fill(output_dir: Path, runs: int) -> None:
             "worker": "main_knn",
             "stage": "knn",
         }
-        run |= {"name": "bench", "seed": number, "parents": [], "code": {"hash": "c0de"}, "submitted": 1.7e9}
+        run |= {"name": "bench", "seed": number, "parents": [], "code": {"hash": "c0de"}, "submitted": begin}
         (folder / rundir.RUN).write_text(json.dumps(run))
         (folder / rundir.CONFIG).write_text("".join(f"key_{i}: value_{i}\n" for i in range(PARAMS)))
         lines = [
-            {"step": s, "of": STEPS, "time": 1.7e9 + s, **dict.fromkeys(KEYS, s * 0.01)} for s in range(1, STEPS + 1)
+            {"step": s, "of": STEPS, "time": begin + s, **dict.fromkeys(KEYS, s * 0.01)} for s in range(1, STEPS + 1)
         ]
         (folder / rundir.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        done = {"metrics": {"knn/loo1": 1.0}, "steps": STEPS, "time": 1.7e9 + STEPS}
+        done = {"metrics": {"knn/loo1": 1.0}, "steps": STEPS, "time": begin + STEPS}
         (folder / rundir.DONE).write_text(json.dumps(done))
-        start = {"event": "start", "attempt": "a", "time": 1.7e9}
+        start = {"event": "start", "attempt": "a", "time": begin}
         (folder / "attempts.0.jsonl").write_text(json.dumps(start) + "\n")
 
 

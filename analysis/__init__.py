@@ -1,0 +1,1 @@
+"""From run directories to the paper: ingest, frame, stats, tables, figures."""

@@ -1,0 +1,200 @@
+"""``python -m analysis.ingest``: mirrors run directories into an MLflow store. The only writer of the store.
+
+One experiment a worker, one MLflow run an identity, every (run, metric, step) once, steps and times as in the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis import runs as rd
+from analysis.mirror import IDENTITY, Mirror, artifacts
+from analysis.runs import Tell, to_stderr
+from analysis.store import Lease, Store, StoreError, choose
+from contract import rundir
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as Stored
+    from mlflow.tracking import MlflowClient
+
+UNREACHABLE = 3  # the exit code
+LOCKED_TRIES = 3
+FEW = 20  # so many runs are looked up one by one
+
+
+@dataclass
+class Count:
+    """What one pass did; the keys of ``--json``."""
+
+    store: str
+    runs: int = 0
+    new: int = 0
+    grown: int = 0
+    unchanged: int = 0
+    left_out: int = 0
+    metrics: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.new} new, {self.grown} grown, {self.unchanged} unchanged runs, {self.metrics:,} metrics "
+            f"in {self.seconds:.1f} s -> {self.store}"
+        )
+
+
+def ingest(folders: Sequence[Path], store: Store, tell: Tell = to_stderr) -> Count:
+    """One pass over run directories. Raises StoreError; whatever was sent before stays sent."""
+    begun, count = time.monotonic(), Count(store.shown, len(folders))
+    found = []
+    for folder in folders:
+        try:
+            found.append(rd.read_run(folder))
+        except rundir.RunDirError as error:
+            count.left_out += 1
+            tell(f"{error}; the run is left out")
+    if found:
+        with store.alone():
+            client = store.open()
+            for worker, each in groupby(sorted(found, key=lambda r: r.key), key=lambda r: r.worker):
+                with store.explained():
+                    _ingest_worker(client, store, worker, list(each), count, tell)
+    count.seconds = round(time.monotonic() - begun, 3)
+    return count
+
+
+def _ingest_worker(
+    client: MlflowClient, store: Store, worker: str, runs: list[rd.Run], count: Count, tell: Tell
+) -> None:
+    experiment = _experiment(client, store, worker)
+    shared = store.file is None
+    with Lease(client, experiment, store) if shared else contextlib.nullcontext() as lease:
+        known = _known(client, experiment, runs)
+        for run in runs:
+            if lease is not None:
+                lease.keep()
+            try:
+                mirror = Mirror(run, tell)
+            except (rundir.RunDirError, OSError) as error:
+                count.left_out += 1
+                tell(f"{error}; the run is left out")
+                continue
+            outcome, metrics = mirror.send(client, experiment, known.get(run.identity))
+            setattr(count, outcome, getattr(count, outcome) + 1)
+            count.metrics += metrics
+
+
+def _experiment(client: MlflowClient, store: Store, worker: str) -> str:
+    found = client.get_experiment_by_name(worker)
+    if found is None:
+        where = f"{store.artifacts}/{worker}" if store.artifacts else None
+        return str(client.create_experiment(worker, artifact_location=where))
+    if found.lifecycle_stage != "active":
+        raise StoreError(
+            f"{store.shown}: experiment {worker} is deleted; mlflow experiments restore -x {found.experiment_id}"
+        )
+    return str(found.experiment_id)
+
+
+def _known(client: MlflowClient, experiment: str, runs: Sequence[rd.Run]) -> dict[str, Stored]:
+    """The runs that the store has, by identity."""
+    if len(runs) <= FEW and all(run.identity.isalnum() for run in runs):
+        filters = [f"tags.`{IDENTITY}` = '{run.identity}'" for run in runs]
+    else:
+        filters = [""]
+    found: dict[str, Stored] = {}
+    for each in filters:
+        token: str | None = None
+        while True:
+            page = client.search_runs([experiment], each, max_results=1000, page_token=token)
+            found |= {run.data.tags[IDENTITY]: run for run in page if IDENTITY in run.data.tags}
+            if not (token := page.token):
+                break
+    return found
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Watch:
+    """Which runs changed since the last pass, by their files alone: an idle watcher never asks the store."""
+
+    seen: dict[Path, object] = field(default_factory=dict)
+
+    def changed(self, folders: Iterable[Path]) -> dict[Path, object]:
+        now = {folder: self._signature(folder) for folder in folders}
+        return {folder: signature for folder, signature in now.items() if self.seen.get(folder) != signature}
+
+    @staticmethod
+    def _signature(folder: Path) -> object:
+        paths = [folder / rundir.METRICS, folder / rundir.DONE, folder / rundir.RUN]
+        paths += artifacts(folder)
+        with contextlib.suppress(OSError):
+            files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.exists()]
+            return rundir.state(folder), files
+        return object()  # it changed just now
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m analysis.ingest", description="Run directories -> MLflow.")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs"))
+    parser.add_argument(
+        "--store",
+        help="sqlite:///FILE, postgresql://..., http://...; else MLFLOW_TRACKING_URI, else OUTPUT_DIR/mlflow.db",
+    )
+    parser.add_argument("--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="again and again")
+    parser.add_argument("--json", action="store_true", help="one JSON object a pass")
+    args = parser.parse_args(argv)
+    if not args.output_dir.is_dir():
+        print(f"error: {args.output_dir}: no such directory", file=sys.stderr)
+        return 2
+    try:
+        store = choose(args.output_dir, args.store)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    watch, told = Watch(), ""
+    while True:
+        changed = watch.changed(rundir.find_runs(args.output_dir))
+        try:
+            if changed or args.watch is None:
+                count = _patiently(list(changed), store)
+                watch.seen |= changed
+                print(json.dumps(asdict(count)) if args.json else count, flush=True)
+            told = ""
+        except StoreError as error:
+            if str(error) != told:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            if args.watch is None:
+                return UNREACHABLE
+            told = str(error)
+        if args.watch is None:
+            return 0
+        time.sleep(args.watch)
+
+
+def _patiently(folders: Sequence[Path], store: Store) -> Count:
+    for left in reversed(range(LOCKED_TRIES)):
+        try:
+            return ingest(folders, store)
+        except StoreError as error:
+            if not error.locked or not left:
+                raise
+            time.sleep(1.0)
+    raise AssertionError("the last try returns or raises")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
