@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -151,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--store",
         help="sqlite:///FILE, postgresql://..., http://...; else MLFLOW_TRACKING_URI, else OUTPUT_DIR/mlflow.db",
     )
-    parser.add_argument("--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="again and again")
+    watching = "again and again; SIGTERM: once more, then leave"
+    parser.add_argument("--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help=watching)
     parser.add_argument("--json", action="store_true", help="one JSON object a pass")
     args = parser.parse_args(argv)
     if not args.output_dir.is_dir():
@@ -162,8 +165,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    watch, told = Watch(), ""
+    watch, told, leave = Watch(), "", threading.Event()
+    if args.watch is not None:
+        signal.signal(signal.SIGTERM, lambda *_: leave.set())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # whoever started us may have held it back
     while True:
+        last = args.watch is None or leave.is_set()  # asked for before the pass that sees everything
         changed = watch.changed(rundir.find_runs(args.output_dir))
         try:
             if changed or args.watch is None:
@@ -174,12 +181,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except StoreError as error:
             if str(error) != told:
                 print(f"error: {error}", file=sys.stderr, flush=True)
-            if args.watch is None:
+            if last:
                 return UNREACHABLE
             told = str(error)
-        if args.watch is None:
+        if last:
             return 0
-        time.sleep(args.watch)
+        leave.wait(args.watch)
 
 
 def _patiently(folders: Sequence[Path], store: Store) -> Count:

@@ -55,6 +55,10 @@ class Run:
     def processes(self) -> int:
         return self.settings.env.processes
 
+    @property
+    def runs_here(self) -> bool:
+        return self.state == "running" and self.settings.env.scheduler == "local"
+
     def line(self) -> dict[str, Any]:
         """For ``--json``; these keys stay."""
         return {
@@ -80,12 +84,15 @@ class Plan:
     cells: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # (row, column) -> identities
 
     def todo(self, stale: bool = False) -> list[Run]:
-        """What a launch starts; with ``stale``, what other code made and what was built upon that, too."""
+        """What a launch starts; with ``stale``, what other code made and what was built upon that, too.
+
+        A launch here also waits for what another process runs here, and takes it over if that one lets go.
+        """
         again: set[str] = set()
         for run in self.runs:
             if stale and (run.state == "stale" or (run.state == "reuse" and again.intersection(run.parents))):
                 again.add(run.identity)
-        return [r for r in self.runs if r.state in OPEN or r.identity in again]
+        return [r for r in self.runs if r.state in OPEN or r.identity in again or r.runs_here]
 
     def manifest(self) -> dict[str, Any]:
         """What analysis is told of a study: which runs make which cell."""

@@ -116,7 +116,8 @@ def write(submission: Submission, plan: Plan, commit: str | None) -> None:
     for run in submission.runs:
         if run.state in ("stale", "reuse"):
             set_aside(run)
-        prepare(run, capsule, commit, study)
+        if not run.runs_here:
+            prepare(run, capsule, commit, study)
     started = {r.identity for r in submission.runs}
     manifest = {
         "schema": rundir.SCHEMA,

@@ -178,6 +178,13 @@ class Watch:
         else:
             self._say(name, "start")
 
+    def elsewhere(self, folder: Path, name: str) -> None:
+        """Another process runs it."""
+        self.began[folder] = time.time()
+        if self.bars and folder in self.tasks:
+            self.bars.remove_task(self.tasks.pop(folder))
+        self._say(f"{name}  by another launch; waiting for it", "running")
+
     def moved(self, folder: Path, name: str) -> None:
         record = rundir.last_record(folder / rundir.METRICS)
         if self.quiet or not record or not record.get("of") or float(record.get("time", 0)) < self.began[folder]:

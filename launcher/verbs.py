@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import importlib.util
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -101,12 +104,10 @@ def _start(found: Plan, args: argparse.Namespace) -> int:
     submission.capsule.parent.mkdir(parents=True, exist_ok=True)
     code.store(found.output_dir)
     rundirs.write(submission, found, code.commit())
-    with show.Watch(len(todo), args.no_color, args.quiet) as watch:
+    with _mirrored(found.output_dir, args.quiet), show.Watch(len(todo), args.no_color, args.quiet) as watch:
         status = backend.submit(submission, watch)
     if status == 130:
         print("stopped; the same command goes on where it left off", file=sys.stderr)
-    else:
-        _ingest(found.output_dir, args.quiet)
     return status
 
 
@@ -120,7 +121,7 @@ def _submission(found: Plan, todo: Sequence[Run], dry: bool) -> tuple[Submission
     except Unavailable:
         if not dry:
             raise
-        print(f"# {scheduler}: its script is not built yet; this is what the jobs would run")
+        print(f"# {scheduler}: its script is not built yet; this is what the jobs would run", file=sys.stderr)
         backend = backends.load("local")
     slots = 1
     if scheduler == "local":
@@ -231,24 +232,45 @@ def ui(args: argparse.Namespace) -> int:
     return subprocess.run([sys.executable, "-m", "mlflow", *words], env=env, check=False).returncode
 
 
-def _ingest(output_dir: Path, quiet: bool) -> None:
-    """After a launch: into the store. A view: whatever goes wrong here, the runs are done."""
+@contextlib.contextmanager
+def _mirrored(output_dir: Path, quiet: bool) -> Iterator[None]:
+    """The store follows the runs as they go and has all of them at the end. A view: if it fails, the runs are done."""
     if importlib.util.find_spec("mlflow") is None:
+        yield
         say = "not ingested: mlflow is not installed; pip install 'sightline[analysis]', then python launcher.py ingest"
     else:
-        done = _analysis("ingest", "--output-dir", str(output_dir), quiet=True)
-        say = "not ingested; python launcher.py ingest says why" if done else ""
+
+        def behind_the_runs() -> None:
+            os.nice(10)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it can hear it
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG: leave when the launcher is killed
+
+        follower = subprocess.Popen(
+            [sys.executable, "-m", "analysis.ingest", "--output-dir", str(output_dir), "--watch"],
+            env=_with_our_path(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=behind_the_runs,  # noqa: PLW1509  # this process has one thread
+        )
+        try:
+            yield
+        finally:
+            follower.terminate()  # one last pass, then it leaves
+            failed = follower.wait()
+        say = "not ingested; python launcher.py ingest says why" if failed else ""
     if say and not quiet:
         print(say, file=sys.stderr)
 
 
-def _analysis(module: str, *words: str, quiet: bool = False) -> int:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    silent = subprocess.DEVNULL if quiet else None
+def _analysis(module: str, *words: str) -> int:
     command = [sys.executable, "-m", f"analysis.{module}", *words]
-    return subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, stdout=silent, stderr=silent, check=False
-    ).returncode
+    return subprocess.run(command, env=_with_our_path(), check=False).returncode
+
+
+def _with_our_path() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -129,7 +129,10 @@ class _Session:
             match self._parents(run):
                 case "finished":
                     self.waiting.remove(run)
-                    self._start_one(run)
+                    if rundir.state(run.folder) == "running":
+                        self._leave_to_another(run)
+                    else:
+                        self._start_one(run)
                 case "failed":
                     self.waiting.remove(run)
                     self._end(run, None, f"not started: it needs {', '.join(run.parents)}, which did not finish")
@@ -175,9 +178,13 @@ class _Session:
             each.said.close()
             state = rundir.state(each.run.folder)
             if code == AGAIN and state == "running" and not self.interrupts:
-                self.elsewhere.append(each.run)
+                self._leave_to_another(each.run)
             else:
                 self._end(each.run, "failed" if code != FINISHED and state == "waiting" else state, said)
+
+    def _leave_to_another(self, run: Run) -> None:
+        self.elsewhere.append(run)
+        self.report.elsewhere(run.folder, _name(run))
 
     def _look_elsewhere(self) -> None:
         for run in list(self.elsewhere):

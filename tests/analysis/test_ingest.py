@@ -9,6 +9,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -338,9 +340,33 @@ def test_watching_follows_the_files(
             case None:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(ingest.time, "sleep", turn)
+    wait = ingest.threading.Event.wait
+    between_passes = 5.0
+    monkeypatch.setattr(
+        ingest.threading.Event,
+        "wait",
+        lambda self, timeout=None: turn(timeout) if timeout == between_passes else wait(self, timeout),
+    )
     with pytest.raises(KeyboardInterrupt):
         go(output_dir, "--json", "--watch", "5")
     out, err = capsys.readouterr()
     assert [json.loads(line)["metrics"] for line in out.splitlines()] == [4, 4, 2]
     assert err == "error: down\n"
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the watcher's own answer to it ends here
+
+
+def test_a_watcher_follows_and_makes_one_last_pass_when_it_is_told_to_leave(
+    output_dir: Path, make_run: MakeRun, log_steps: LogSteps
+) -> None:
+    folder = make_run("aaa", steps=3)
+    command = [sys.executable, "-m", "analysis.ingest", "--output-dir", str(output_dir), "--watch", "600"]
+    watcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert watcher.stdout is not None
+    assert "1 new" in watcher.stdout.readline()
+    log_steps(folder, range(4, 8))  # far from the next pass
+    watcher.terminate()
+    said, _ = watcher.communicate(timeout=60)
+    assert watcher.returncode == 0
+    assert "1 grown" in said
+    client, runs_there = stored(output_dir)
+    assert history(client, runs_there["aaa"]) == in_the_files(folder)

@@ -140,7 +140,7 @@ def test_a_claimed_run_is_running_and_a_cancelled_one_is_left_alone(out, tmp_pat
     (run,) = plan("worker=main_lmim", out).runs
     owner = rundir.claim(prepared(run, tmp_path))
     found = plan("worker=main_lmim", out)
-    assert (found.runs[0].state, found.todo()) == ("running", [])
+    assert (found.runs[0].state, found.todo()) == ("running", list(found.runs))  # to wait for it, and take it over
     owner.release()
     (run.folder / rundir.CANCELLED).touch()
     found = plan("worker=main_lmim", out)
