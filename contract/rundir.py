@@ -7,6 +7,7 @@ them can be read while they are written, on NFS too.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -53,19 +54,24 @@ class Busy(RunDirError):
 # -- whole files -------------------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace ``path`` in one step: a reader sees the old content or the new one. On OSError the old one stays."""
+def write_atomic(path: Path, data: bytes | str, sync: bool = True) -> None:
+    """Replace ``path`` in one step: a reader sees the old content or the new one. On OSError the old one stays.
+
+    Without ``sync`` a power failure may undo it until ``sync_all``, which is much faster for a thousand files.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with partial.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def write_once(path: Path, data: str) -> bool:
@@ -90,8 +96,17 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def sync_all(folder: Path) -> None:
+    """Everything on the file system of ``folder`` survives a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        ctypes.CDLL(None).syncfs(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Mapping[str, Any], sync: bool = True) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", sync)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -300,6 +315,10 @@ def claim(folder: Path, job: str | None = None, new_attempt: Callable[[], str] |
             {"attempt": attempt, "host": this_host(), "pid": pid, "started": _process_start(pid), "job": job},
         )
     return Owner(folder, attempt)
+
+
+def owned_by(folder: Path, attempt: str) -> bool:
+    return (_read_owner(folder) or {}).get("attempt") == attempt
 
 
 def owner_alive(folder: Path) -> bool:

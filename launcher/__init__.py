@@ -16,5 +16,9 @@ class Unavailable(Exception):
     """A scheduler that cannot be reached, or refuses; trying later may help."""
 
 
+class NotQueued(Unavailable):
+    """A scheduler's own words; nothing of what was asked is in its queue."""
+
+
 class Refused(Exception):
     """Allowed by the grammar, but not without a further word from the user."""

@@ -28,7 +28,7 @@ Groups (data=, env=, recipe=, worker=) choose a file below configs/.
 
 SELECTION = """\
 SELECTION: names of studies, sweeps or workers, beginnings of identities; narrowed down by index ranges (0,4-7), by
-:state (finished running waiting stopped failed cancelled) and by key=value. output_dir=DIR says where to look.
+:state (finished running queued waiting blocked stopped failed cancelled) and by key=value. output_dir=DIR: where.
 """
 
 EXITS = """\
@@ -141,8 +141,8 @@ def _run(verb: str, args: argparse.Namespace) -> int:
     except (SettingsError, RunDirError, NotFound, Unavailable, Refused) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        codes = {NotFound: 102, Unavailable: 3, Refused: 4}
-        return codes.get(type(error), 2)
+        codes: dict[type[Exception], int] = {NotFound: 102, Unavailable: 3, Refused: 4}
+        return next((code for kind, code in codes.items() if isinstance(error, kind)), 2)
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error.filename or ''}: {error.strerror or error}".replace(": :", ":"), file=sys.stderr)
         return 1

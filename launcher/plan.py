@@ -32,6 +32,25 @@ FROM_FILES: dict[rundir.State, State] = {
     "stopped": "stopped",
     "waiting": "new",
 }
+QueueState = Literal["queued", "running", "blocked", "leaving"]
+
+
+@dataclass(frozen=True)
+class Queued:
+    """What a scheduler says of a run."""
+
+    job: str
+    state: QueueState  # blocked: it waits for what will never be; leaving: over, or about to be queued again
+    why: str
+
+
+def with_queue(state: str, queued: Queued | None) -> str:
+    """What the files and the queue say together. A run that ended is what its files say."""
+    if queued is None or state in ("reuse", "stale", "finished", "cancelled", "running"):
+        return state
+    if queued.state == "leaving":
+        return "failed" if state == "failed" else "queued"
+    return queued.state
 
 
 @dataclass(frozen=True, kw_only=True)

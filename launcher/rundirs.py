@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +21,7 @@ from contract.settings import Settings
 from contract.settings.checks import SettingsError
 from launcher import NotFound
 from launcher.identity import Input, find_encoder, takes_encoder
-from launcher.plan import Plan, Run, build
+from launcher.plan import Plan, Queued, Run, build, with_queue
 from launcher.supervisor import read_settings
 
 STUDIES, SUBMISSIONS, REPLACED = "studies", "submissions", "replaced"
@@ -56,7 +56,7 @@ def prepare(run: Run, capsule: Path, commit: str | None, study: str | None) -> N
         "capsule": capsule.name,
         "submitted": time.time(),
     }
-    rundir.write_json(run.folder / rundir.RUN, described | ({"study": study} if study else {}))
+    rundir.write_json(run.folder / rundir.RUN, described | ({"study": study} if study else {}), sync=False)
 
 
 def _go_on(run: Run) -> None:
@@ -107,7 +107,10 @@ class Submission:
     output_dir: Path
     capsule: Path
     runs: tuple[Run, ...]
+    folder: Path  # what this launch writes about itself
     slots: int = 1  # how many side by side
+    fresh: frozenset[str] = frozenset()  # the identities that had no directory before
+    queue: Mapping[str, Queued] = field(default_factory=dict)  # what is queued already
 
 
 def write(submission: Submission, plan: Plan, commit: str | None) -> None:
@@ -118,6 +121,7 @@ def write(submission: Submission, plan: Plan, commit: str | None) -> None:
             set_aside(run)
         if not run.runs_here:
             prepare(run, capsule, commit, study)
+    rundir.sync_all(submission.output_dir)
     started = {r.identity for r in submission.runs}
     manifest = {
         "schema": rundir.SCHEMA,
@@ -130,18 +134,14 @@ def write(submission: Submission, plan: Plan, commit: str | None) -> None:
         "commit": commit,
         "runs": [{"index": i, **r.line(), "started": r.identity in started} for i, r in enumerate(plan.runs)],
     }
-    rundir.write_json(_new_folder(submission.output_dir, plan.name) / "manifest.json", manifest)
+    submission.folder.mkdir(parents=True)
+    rundir.write_json(submission.folder / "manifest.json", manifest)
 
 
-def _new_folder(output_dir: Path, name: str) -> Path:
+def new_folder(output_dir: Path, name: str) -> Path:
+    """A name that no other launch takes; it is not made here."""
     slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:60] or "launch"
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{slug}"
-    for n in range(1000):
-        folder = output_dir / SUBMISSIONS / (f"{stem}-{n}" if n else stem)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
-    raise FileExistsError(f"{output_dir / SUBMISSIONS / stem}: a thousand launches in one second")
+    return output_dir / SUBMISSIONS / f"{time.strftime('%Y%m%d-%H%M%S')}-{slug}-{uuid.uuid4().hex[:4]}"
 
 
 def write_study(plan: Plan) -> Path:
@@ -160,14 +160,17 @@ class Found:
 
     folder: Path
     info: Mapping[str, Any]
-    state: rundir.State
+    state: str  # of the files and the queue
 
     @property
     def identity(self) -> str:
         return str(self.info["identity"])
 
 
-def select(words: Iterable[str], output_dir: Path) -> list[Found]:
+STATES = (*get_args(rundir.State), "queued", "blocked")
+
+
+def select(words: Iterable[str], output_dir: Path, queue: Mapping[str, Queued] | None = None) -> list[Found]:
     """SELECTION: any of the names (of a study, a sweep, a worker, the beginning of an identity), narrowed down by index
     ranges (``0,4-7``, counted within the names), ``:state`` and ``key=value``. ``NAME:state`` works too."""
     names: list[str] = []
@@ -185,8 +188,8 @@ def select(words: Iterable[str], output_dir: Path) -> list[Found]:
             names += [name] if name else []
             states += [state] if colon else []
     for state in states:
-        if state not in get_args(rundir.State):
-            raise SettingsError(contract.settings.unknown("state", state, get_args(rundir.State)))
+        if state not in STATES:
+            raise SettingsError(contract.settings.unknown("state", state, STATES))
     chosen = list(_named(names, output_dir))
     if ranges:
         wanted = _indices(ranges)
@@ -194,10 +197,21 @@ def select(words: Iterable[str], output_dir: Path) -> list[Found]:
     found = []
     for folder in chosen:
         try:
-            found.append(Found(folder, rundir.read_run(folder), rundir.state(folder)))
+            info = rundir.read_run(folder)
+            found.append(Found(folder, info, _state(folder, info, queue or {})))
         except rundir.RunDirError as error:  # one damaged run hides no other
             print(f"error: {error}", file=sys.stderr)
     return [f for f in found if (not states or f.state in states) and all(_matches(f, k, v) for k, v in keys)]
+
+
+def _state(folder: Path, info: Mapping[str, Any], queue: Mapping[str, Queued]) -> str:
+    state = with_queue(rundir.state(folder), queue.get(str(info["identity"])))
+    if state == "waiting":  # for ever, where what it needs has come to an end
+        for parent in info.get("parents", ()):
+            for at in folder.parent.parent.glob(f"*/{parent}"):
+                if with_queue(rundir.state(at), queue.get(str(parent))) in ("failed", "cancelled"):
+                    return "blocked"
+    return state
 
 
 def _named(names: Sequence[str], output_dir: Path) -> Iterator[Path]:

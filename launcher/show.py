@@ -25,7 +25,7 @@ COLOURS = {
     "finished": "green", "reuse": "green", "running": "blue", "queued": "yellow", "waiting": "yellow", "new": "yellow",
     "stopped": "yellow", "stale": "magenta", "failed": "red", "cancelled": "bright_black", "blocked": "bright_black",
 }  # fmt: skip
-RUN_STATES: tuple[rundir.State, ...] = ("finished", "running", "waiting", "stopped", "failed", "cancelled")
+RUN_STATES = ("finished", "running", "queued", "waiting", "blocked", "stopped", "failed", "cancelled")
 AT_MOST = 12  # lines of a list; the rest is counted
 EVERY = 0.1  # of a run, between two lines where there is no terminal
 
@@ -95,7 +95,7 @@ def status(out: Console, found: Sequence[Found], output_dir: Path) -> None:
             out.print(line, overflow="ellipsis", no_wrap=True, soft_wrap=False)
         if len(some) > AT_MOST:
             out.print(f"{state:8} and {len(some) - AT_MOST} more: python launcher.py status :{state} --json")
-    if any(f.state in ("failed", "stopped", "cancelled") for f in found):
+    if any(f.state in ("failed", "stopped", "cancelled", "blocked") for f in found):
         out.print("next: python launcher.py logs RUN; python launcher.py retry :failed, :stopped or :cancelled")
 
 
@@ -177,6 +177,9 @@ class Watch:
             self.tasks[folder] = self.bars.add_task(plain(name), total=None, note="starting")
         else:
             self._say(name, "start")
+
+    def queued(self, count: int, stage: str, job: str) -> None:
+        self._say(f"{runs(count)} of {stage} as job {job}", "queued")
 
     def elsewhere(self, folder: Path, name: str) -> None:
         """Another process runs it."""

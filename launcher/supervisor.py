@@ -1,5 +1,7 @@
 """``python -m launcher.supervisor RUN_DIR``: the one process on a node that hears the scheduler.
 
+In a job of a queue, ``--manifest FILE`` says which run it is. The first node holds the fence; the others follow it.
+
 It holds the fence, starts the worker from the capsule, turns a warning (USR2, TERM, INT, a ``stop`` file) into
 ``stop.ATTEMPT``, which the worker answers by saving and leaving, and writes down how the attempt ended. Everything
 below it ignores USR2: schedulers signal every process of a job, and being ignored, unlike a handler, survives exec.
@@ -8,8 +10,8 @@ below it ignores USR2: schedulers signal every process of a job, and being ignor
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
+import functools
 import os
 import resource
 import signal
@@ -18,7 +20,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -26,6 +28,10 @@ import contract.settings
 from contract import rundir
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
+from launcher.processes import kill_tree
+
+if TYPE_CHECKING:
+    from launcher.backends.slurm_node import Job
 
 FINISHED, FAILED, NOT_ALLOWED, AGAIN = 0, 1, 4, 75
 """Exit codes. AGAIN: stopped, or busy elsewhere: a scheduler may start it again. NOT_ALLOWED: somebody said no."""
@@ -34,22 +40,31 @@ POLL_S = 0.2
 
 
 class Supervisor:
-    def __init__(self, folder: Path, node: int = 0, parent: int | None = None):
-        self.folder, self.node, self.parent = folder, node, parent
+    def __init__(self, folder: Path, parent: int | None = None, job: Job | None = None):
+        self.folder, self.parent, self.job = folder, parent, job
+        self.node = job.node if job else 0
+        self.leave_at = float("inf")  # when the time limit is near
+        self.heard: set[int] = set()
         self.asked = 0  # how often we were told to leave
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._hear)
 
-    def _hear(self, _number: int, _frame: object) -> None:
-        self.asked += 1
+    def _hear(self, number: int, _frame: object) -> None:
+        self.heard.add(number)
+        # One wish to have us leave arrives as USR2, TERM and TERM in a queue; a second Ctrl-C is a second wish.
+        self.asked = max(self.asked, 1) if self.job and number != signal.SIGINT else self.asked + 1
 
     def run(self) -> int:
         """One attempt, from the claim to the end record. Gives the exit code."""
         run = rundir.read_run(self.folder)
         settings = read_settings(self.folder)
-        job = os.environ.get("SLURM_JOB_ID") or os.environ.get("LSB_JOBID")
+        job = self.job.id if self.job else os.environ.get("SLURM_JOB_ID") or os.environ.get("LSB_JOBID")
+        if self.job and (ends := self.job.ends()):
+            self.leave_at = ends - settings.env.signal_s
+        if self.job and self.node:
+            return self._follow(settings, self.job)
         try:
-            owner = rundir.claim(self.folder, job)
+            owner = self._claim(job)
         except rundir.Busy as error:
             print(error, file=sys.stderr)
             return AGAIN
@@ -60,10 +75,60 @@ class Supervisor:
                 print(f"{self.folder}: {reason}", file=sys.stderr)
                 return NOT_ALLOWED
             for old in self.folder.glob(f"{rundir.STOP}.*"):
-                old.unlink(missing_ok=True)
+                if old != rundir.stop_file(self.folder, owner.attempt):
+                    old.unlink(missing_ok=True)
+            if self.job and (tries := self._tries_in_vain()) > settings.env.max_requeue:
+                return self._give_up(owner, tries)
             return self._attempt(owner, settings, job)
         finally:
             owner.release()
+
+    def queue_again(self, code: int) -> bool:
+        """Is it for us to ask the queue for another attempt? Not where it stops us for good or does so itself, which
+        both come as TERM."""
+        limit = time.time() > self.leave_at
+        return self.node == 0 and code == AGAIN and (limit or signal.SIGTERM not in self.heard)
+
+    def _claim(self, job: str | None) -> rundir.Owner:
+        """In a queue, an owner that went down with its node is waited for until it counts as lost."""
+        end = time.monotonic() + (1.5 * rundir.STALE_S if self.job else 0)
+        while True:
+            try:
+                return rundir.claim(self.folder, job, functools.partial(str, self.job.attempt) if self.job else None)
+            except rundir.Busy:
+                if time.monotonic() > end or self.asked:
+                    raise
+            time.sleep(1)
+
+    def _follow(self, settings: Settings, job: Job) -> int:
+        """On the other nodes: take part in what the first one does."""
+        end = time.monotonic() + 2 * rundir.STALE_S
+        while not rundir.owned_by(self.folder, job.attempt):
+            if (self.folder / rundir.DONE).exists():
+                return FINISHED
+            if self.asked or time.monotonic() > end:
+                return AGAIN
+            time.sleep(POLL_S)
+        code = self._attempt(rundir.Owner(self.folder, job.attempt), settings, job.id)
+        return FINISHED if code == AGAIN else code  # the first node asks for another attempt
+
+    def _step(self) -> int:
+        return int((rundir.last_record(self.folder / rundir.METRICS) or {}).get("step") or 0)
+
+    def _tries_in_vain(self) -> int:
+        """How many attempts in a row began where this one does."""
+        records, _ = rundir.read_journal(rundir.attempts_file(self.folder, 0))
+        steps = [r.get("step") for r in records if r.get("event") == "start"]
+        return next((i for i, step in enumerate(reversed(steps)) if step != self._step()), len(steps))
+
+    def _give_up(self, owner: rundir.Owner, tries: int) -> int:
+        record = {"attempt": owner.attempt, "host": rundir.this_host(), "time": time.time()}
+        journal = rundir.Journal(rundir.attempts_file(self.folder, 0))
+        journal.append({"event": "start", **record})  # without a step: a retry counts anew
+        journal.append({"event": "end", **record, "cause": "gave up", "exit": FAILED, "signal": None})
+        with (self.folder / rundir.LOG).open("a") as log:
+            print(f"error: gave up after {tries} attempts without a new step (env.max_requeue)", file=log)
+        return FAILED
 
     def _forbidden(self, run: Mapping[str, Any]) -> str | None:
         for name in (rundir.CANCELLED, rundir.STOP):
@@ -80,7 +145,7 @@ class Supervisor:
         record = {"attempt": owner.attempt, "host": rundir.this_host(), "job": job}
         with (self.folder / rundir.LOG).open("ab", buffering=0) as log:
             child = self._start(settings, owner.attempt, log)
-            journal.append({"event": "start", **record, "time": time.time(), "pid": os.getpid()})
+            journal.append({"event": "start", **record, "time": time.time(), "pid": os.getpid(), "step": self._step()})
             try:
                 cause = self._watch(child, owner, settings.env.grace_s)
             finally:
@@ -106,7 +171,8 @@ class Supervisor:
                 "gpu_seconds": round(seconds * (settings.env.ngpu or 0), 3),
             }
         )
-        rundir.stop_file(self.folder, owner.attempt).unlink(missing_ok=True)
+        if self.node == 0:
+            rundir.stop_file(self.folder, owner.attempt).unlink(missing_ok=True)
         if cause == "stopped" and self._told_by_a_person():
             return NOT_ALLOWED
         return {"finished": FINISHED, "stopped": AGAIN, "busy": AGAIN}.get(cause, FAILED)
@@ -114,18 +180,19 @@ class Supervisor:
     def _start(self, settings: Settings, attempt: str, log: Any) -> subprocess.Popen[bytes]:
         capsule = (self.folder / rundir.CAPSULE).resolve()
         me = os.getpid()
+        deaf = [signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, *([signal.SIGTERM] if self.job else [])]
 
         def before_exec() -> None:
-            for number in (signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+            for number in deaf:
                 signal.signal(number, signal.SIG_IGN)
             ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die when the supervisor is killed
             if os.getppid() != me:
                 os._exit(1)
 
         return subprocess.Popen(
-            command(settings, self.folder),
+            command(settings, self.folder, self.job),
             cwd=capsule,
-            env=environment(settings, capsule, attempt),
+            env=environment(settings, capsule, attempt, self.job),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -139,11 +206,12 @@ class Supervisor:
             now = time.monotonic()
             if now - beat > rundir.HEARTBEAT_S:
                 beat = now
-                if not owner.beat():
+                if self.node == 0 and not owner.beat():
                     return "busy"
             if self.parent is not None and os.getppid() != self.parent:
                 self.parent, self.asked = None, self.asked + 1
-            if deadline == float("inf") and (self.asked or self._told_by_a_person()):
+            asked = self.asked or time.time() > self.leave_at or self._told_by_a_person()
+            if deadline == float("inf") and asked:
                 deadline = now + grace_s
                 rundir.stop_file(self.folder, owner.attempt).touch()
             if now > deadline or self.asked > 1:
@@ -155,20 +223,25 @@ class Supervisor:
         return (self.folder / rundir.STOP).exists() or (self.folder / rundir.CANCELLED).exists()
 
 
-def command(settings: Settings, folder: Path) -> list[str]:
+def command(settings: Settings, folder: Path, job: Job | None = None) -> list[str]:
     """What runs the worker: torchrun where there are several processes."""
     worker = ["-m", f"workers.{settings.worker}", str(folder)]
     processes = settings.env.processes_per_node
     if processes == 1 and settings.env.nodes == 1:
         return [sys.executable, *worker]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *worker]
+    place = job.torchrun() if job and settings.env.nodes > 1 else ["--standalone"]
+    return [sys.executable, "-m", "torch.distributed.run", *place, f"--nproc-per-node={processes}", *worker]
 
 
-def environment(settings: Settings, capsule: Path, attempt: str) -> dict[str, str]:
+def environment(settings: Settings, capsule: Path, attempt: str, job: Job | None = None) -> dict[str, str]:
     env = settings.env
-    side_by_side = (env.max_parallel or 1) if env.scheduler == "local" else 1
-    threads = env.threads or max(1, len(os.sched_getaffinity(0)) // (env.processes_per_node * side_by_side))
-    found = {
+    side_by_side = (env.max_parallel or 1) if job is None else 1
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if job else 0
+    cores = cores or len(os.sched_getaffinity(0))
+    threads = env.threads or max(1, cores // (env.processes_per_node * side_by_side))
+    # torchrun, too, must not die of the scheduler's TERM, which everything below it ignores.
+    torchrun = {"PET_SIGNALS_TO_HANDLE": "SIGQUIT", "PET_SHUTDOWN_TIMEOUT": "5"} if job else {}
+    found = torchrun | {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(capsule), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
@@ -193,30 +266,25 @@ def read_settings(folder: Path) -> Settings:
         raise rundir.RunDirError(f"{path}: unreadable ({'; '.join(str(error).splitlines())})") from None
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL ``pid`` and all below it. torchrun's children lead sessions of their own, so that killpg misses them."""
-    below: dict[int, list[int]] = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                parent = int(Path(entry.path, "stat").read_text().rpartition(")")[2].split()[1])
-                below.setdefault(parent, []).append(int(entry.name))
-    todo = [pid]
-    while todo:
-        each = todo.pop()
-        todo += below.get(each, [])
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(each, signal.SIGKILL)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launcher.supervisor", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--node", type=int, default=0, help="this node's number")
+    parser.add_argument("folder", type=Path, metavar="RUN_DIR", nargs="?")
+    parser.add_argument("--manifest", type=Path, metavar="FILE", help="find the run of this job in it")
     parser.add_argument("--parent", type=int, metavar="PID", help="stop when this parent process is gone")
     args = parser.parse_args()
+    if (args.folder is None) == (args.manifest is None):
+        parser.error("say a RUN_DIR, or --manifest FILE within a job")
     try:
-        sys.exit(Supervisor(args.folder.resolve(), args.node, args.parent).run())
+        job = None
+        if args.manifest:
+            from launcher.backends.slurm_node import this_job
+
+            job = this_job(args.manifest)
+        supervisor = Supervisor(job.folder if job else args.folder.resolve(), args.parent, job)
+        code = supervisor.run()
+        if job and supervisor.queue_again(code):
+            job.requeue()
+        sys.exit(code)
     except (rundir.RunDirError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(FAILED)

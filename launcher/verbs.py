@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
-import importlib.util
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
 from contract import rundir
 from contract.settings.checks import SettingsError
-from launcher import CONFIGS, ROOT, NotFound, Refused, Unavailable, backends, capsule, rundirs, show
-from launcher.plan import Plan, Run, absolute, check_data
+from launcher import CONFIGS, NotFound, Refused, Unavailable, backends, capsule, mirror, queues, rundirs, show
+from launcher.plan import Plan, Queued, Run, absolute, check_data
 from launcher.rundirs import Found, Submission
 
 ASK_ABOVE = 10
@@ -37,6 +33,7 @@ def launch(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     found = _plan(args)
+    found = queues.told(found, queues.asked(found.output_dir, clean=False, patient=True))
     if args.json:
         _json_lines(run.line() for run in found.runs)
         return 0
@@ -56,12 +53,14 @@ def retry(args: argparse.Namespace) -> int:
     words, output_dir = _place(args.words)
     if not words:
         raise SettingsError("retry: say which, for instance :failed or a run's identity")
-    chosen = [f for f in rundirs.select(words, output_dir) if f.state not in ("finished", "running")]
+    queue = queues.asked(output_dir)
+    found = rundirs.select(words, output_dir, queue)
+    chosen = [f for f in found if f.state not in ("finished", "running", "queued")]
     if not chosen:
         print("nothing to retry", file=sys.stderr)
         return 0
     ready = {f.identity for f in chosen}
-    waiting = [f for f in rundirs.select([":waiting"], output_dir) if f.identity not in ready]
+    waiting = [f for f in rundirs.select([":waiting", ":blocked"], output_dir, queue) if f.identity not in ready]
     chosen += [f for f in waiting if ready.intersection(f.info.get("parents", ()))]  # what waited for them
     runs = rundirs.again(chosen, output_dir)
     if not args.dry_run:
@@ -82,7 +81,20 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 def _start(found: Plan, args: argparse.Namespace) -> int:
     """Run what is missing of a plan, or say what that would be."""
+    with contextlib.ExitStack() as turn:
+        schedulers = {r.settings.env.scheduler for r in found.todo(getattr(args, "stale", False))} - {"local"}
+        if schedulers and not args.dry_run:
+            for each in schedulers:
+                backends.load(each)  # before anything is written
+            turn.enter_context(queues.turn(found.output_dir))
+            found = queues.looked_again(found)
+        return _start_in_turn(found, args)
+
+
+def _start_in_turn(found: Plan, args: argparse.Namespace) -> int:
     dry, out = args.dry_run, show.console(args.no_color, stderr=True)
+    queue = queues.asked(found.output_dir, clean=not dry)
+    found = queues.told(found, queue)
     todo = found.todo(getattr(args, "stale", False))
     if getattr(args, "json", False):
         _json_lines(run.line() for run in found.runs)
@@ -96,7 +108,7 @@ def _start(found: Plan, args: argparse.Namespace) -> int:
         if not args.quiet:
             out.print("nothing to do")
         return 0
-    submission, backend, code = _submission(found, todo, dry)
+    submission, backend, code = _submission(found, todo, queue, dry)
     if dry:
         if not getattr(args, "json", False):
             print(backend.render(submission), end="")
@@ -104,14 +116,18 @@ def _start(found: Plan, args: argparse.Namespace) -> int:
     submission.capsule.parent.mkdir(parents=True, exist_ok=True)
     code.store(found.output_dir)
     rundirs.write(submission, found, code.commit())
-    with _mirrored(found.output_dir, args.quiet), show.Watch(len(todo), args.no_color, args.quiet) as watch:
+    if todo[0].settings.env.scheduler != "local":
+        return queues.send(submission, backend, show.Watch(len(todo), args.no_color, args.quiet))
+    with mirror.following(found.output_dir, args.quiet), show.Watch(len(todo), args.no_color, args.quiet) as watch:
         status = backend.submit(submission, watch)
     if status == 130:
         print("stopped; the same command goes on where it left off", file=sys.stderr)
     return status
 
 
-def _submission(found: Plan, todo: Sequence[Run], dry: bool) -> tuple[Submission, backends.Backend, capsule.Capsule]:
+def _submission(
+    found: Plan, todo: Sequence[Run], queue: Mapping[str, Queued], dry: bool
+) -> tuple[Submission, backends.Backend, capsule.Capsule]:
     schedulers = {r.settings.env.scheduler for r in todo}
     if len(schedulers) > 1:
         raise SettingsError(f"env.scheduler={','.join(sorted(schedulers))}: one launch goes to one scheduler")
@@ -135,7 +151,16 @@ def _submission(found: Plan, todo: Sequence[Run], dry: bool) -> tuple[Submission
     apart: list[str | Path] = [found.output_dir, *(r.settings.data_path for r in todo if r.settings.data_path)]
     code = capsule.collect(apart)
     where = code.path(found.output_dir)
-    submission = Submission(name=found.name, output_dir=found.output_dir, capsule=where, runs=tuple(todo), slots=slots)
+    submission = Submission(
+        name=found.name,
+        output_dir=found.output_dir,
+        capsule=where,
+        runs=tuple(todo),
+        folder=rundirs.new_folder(found.output_dir, found.name),
+        slots=slots,
+        fresh=frozenset(r.identity for r in todo if not r.folder.exists()),
+        queue=queue,
+    )
     return submission, backend, code
 
 
@@ -144,7 +169,7 @@ def _submission(found: Plan, todo: Sequence[Run], dry: bool) -> tuple[Submission
 
 def status(args: argparse.Namespace) -> int:
     words, output_dir = _place(args.words)
-    found = _select(words, output_dir)
+    found = _select(words, output_dir, queues.asked(output_dir, patient=True))
     if args.json:
         _json_lines(_described(f) for f in found)
     else:
@@ -152,7 +177,7 @@ def status(args: argparse.Namespace) -> int:
     states = {f.state for f in found}
     if "failed" in states:
         return 100
-    if states & {"running", "waiting", "stopped"}:
+    if states & {"running", "queued", "waiting", "blocked", "stopped"}:
         return 101
     return 103 if "cancelled" in states else 0
 
@@ -190,7 +215,8 @@ def cancel(args: argparse.Namespace) -> int:
     words, output_dir = _place(args.words)
     if not words:
         raise SettingsError("cancel: say which, for instance :waiting or a run's identity")
-    chosen = [f for f in _select(words, output_dir) if f.state not in ("finished", "cancelled")]
+    queue = queues.asked(output_dir)
+    chosen = [f for f in _select(words, output_dir, queue) if f.state not in ("finished", "cancelled")]
     if len(chosen) > ASK_ABOVE and not args.yes:
         if not sys.stdin.isatty():
             raise Refused(f"cancel: {len(chosen)} runs; add -y to cancel more than {ASK_ABOVE} without being asked")
@@ -198,7 +224,7 @@ def cancel(args: argparse.Namespace) -> int:
             return 4
     for each in chosen:
         (each.folder / rundir.CANCELLED).touch()
-    backends.load("local").cancel([f.folder for f in chosen])
+    queues.take_out({f.identity: queue[f.identity] for f in chosen if f.state == "queued" and f.identity in queue})
     print(f"{len(chosen)} cancelled; python launcher.py retry takes it back")
     return 0
 
@@ -210,67 +236,28 @@ def table(args: argparse.Namespace) -> int:
     if not args.words:
         raise SettingsError("table: say which study")
     path = rundirs.write_study(_plan(args))
-    return _analysis("tables", "--manifest", str(path), *args.rest)
+    return mirror.analysis("tables", "--manifest", str(path), *args.rest)
 
 
 def ingest(args: argparse.Namespace) -> int:
     _, output_dir = _place(args.words)
-    return _analysis("ingest", "--output-dir", str(output_dir), *args.rest)
+    return mirror.analysis("ingest", "--output-dir", str(output_dir), *args.rest)
 
 
-def ui(args: argparse.Namespace) -> int:
+def ui(args: argparse.Namespace) -> int:  # noqa: RET503  # ends in exec
     _, output_dir = _place(args.words)
     store = args.store or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_dir / 'mlflow.db'}"
-    if code := _analysis("ingest", "--output-dir", str(output_dir), *(["--store", args.store] if args.store else [])):
+    if code := mirror.analysis(
+        "ingest", "--output-dir", str(output_dir), *(["--store", args.store] if args.store else [])
+    ):
         return code
     if store.startswith("http"):
         print(f"the store is a server: open {store}")
         return 0
     # By the environment: a database's address may hold a password, and every user can read the words of a process.
-    env = {**os.environ, "MLFLOW_BACKEND_STORE_URI": store}
-    words = ["ui", "--host", "127.0.0.1", "--port", str(args.port)]
-    return subprocess.run([sys.executable, "-m", "mlflow", *words], env=env, check=False).returncode
-
-
-@contextlib.contextmanager
-def _mirrored(output_dir: Path, quiet: bool) -> Iterator[None]:
-    """The store follows the runs as they go and has all of them at the end. A view: if it fails, the runs are done."""
-    if importlib.util.find_spec("mlflow") is None:
-        yield
-        say = "not ingested: mlflow is not installed; pip install 'sightline[analysis]', then python launcher.py ingest"
-    else:
-
-        def behind_the_runs() -> None:
-            os.nice(10)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it can hear it
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG: leave when the launcher is killed
-
-        follower = subprocess.Popen(
-            [sys.executable, "-m", "analysis.ingest", "--output-dir", str(output_dir), "--watch"],
-            env=_with_our_path(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=behind_the_runs,  # noqa: PLW1509  # this process has one thread
-        )
-        try:
-            yield
-        finally:
-            follower.terminate()  # one last pass, then it leaves
-            failed = follower.wait()
-        say = "not ingested; python launcher.py ingest says why" if failed else ""
-    if say and not quiet:
-        print(say, file=sys.stderr)
-
-
-def _analysis(module: str, *words: str) -> int:
-    command = [sys.executable, "-m", f"analysis.{module}", *words]
-    return subprocess.run(command, env=_with_our_path(), check=False).returncode
-
-
-def _with_our_path() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    env = {**os.environ, "MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    words = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(args.port), "--workers", "1"]
+    os.execve(sys.executable, words, env)  # becomes the server, which ends its own processes on Ctrl-C
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -289,8 +276,8 @@ def _place(words: Sequence[str]) -> tuple[list[str], Path]:
     return [w for w in words if not w.startswith("output_dir=")], Path(absolute(said[-1] if said else default))
 
 
-def _select(words: Sequence[str], output_dir: Path) -> list[Found]:
-    found = rundirs.select(words, output_dir)
+def _select(words: Sequence[str], output_dir: Path, queue: Mapping[str, Queued] | None = None) -> list[Found]:
+    found = rundirs.select(words, output_dir, queue)
     if not found:
         raise NotFound(f"no such run in {output_dir}; output_dir=DIR looks elsewhere")
     return found

@@ -6,9 +6,11 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -148,3 +150,39 @@ def test_the_published_command_is_accepted_as_it_stands():
     (run,) = [json.loads(line) for line in done.stdout.splitlines()]
     assert run["worker"] == "main_lmim"
     assert not (ROOT / "checkpoints").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_the_page_of_the_store_is_served_on_loopback_only_and_ends_with_ctrl_c(tmp_path):
+    port = free_port()
+    (tmp_path / "main_knn").mkdir()
+    command = [sys.executable, "launcher.py", "ui", f"output_dir={tmp_path}", "--port", str(port)]
+    page = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                    assert answer.status == 200
+                break
+            except OSError:
+                assert page.poll() is None, "the server ended"
+                assert time.monotonic() < deadline, "no answer"
+                time.sleep(0.5)
+        family = [psutil.Process(page.pid), *psutil.Process(page.pid).children(recursive=True)]
+        listening = {c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        assert listening <= {"127.0.0.1"}
+        os.killpg(page.pid, signal.SIGINT)
+        page.wait(60)
+        assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        if page.poll() is None:
+            os.killpg(page.pid, signal.SIGKILL)
+            page.wait()

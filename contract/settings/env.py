@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from contract.settings.checks import SettingsError, at_least
 
@@ -21,10 +22,33 @@ class Env:
     workers: int = 0  # loader processes per process
     max_parallel: int | None = None  # runs side by side; null: as many as there are cores (here), no limit (scheduler)
     grace_s: int = 120  # from a request to leave to the kill
+    # For a scheduler; null leaves it to the site.
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodelist: str | None = None
+    exclude: str | None = None
+    reservation: str | None = None
+    comment: str | None = None
+    cpus: int | None = None  # cores per process; null: threads, or one, and one for each loader process
+    mem_gb: float | None = None  # per node
+    timeout_min: int | None = None  # of one attempt; a run goes on in the next
+    signal_s: int = 120  # from the warning to the time limit
+    max_requeue: int = 5  # attempts in a row without a new step; then it gives up
+    setup: list[str] = field(default_factory=list)  # shell lines before the run
+    container: str | None = None  # image for pyxis
+    mounts: list[str] = field(default_factory=list)  # FROM:TO, for the container
+    python: str | None = None  # the interpreter on the nodes; null: this one
+    vars: dict[str, str] = field(default_factory=dict)  # environment variables of the job
+    extra: dict[str, Any] = field(default_factory=dict)  # options of the scheduler by name, true for a flag
 
     def __post_init__(self) -> None:
         at_least(self, 0, "ngpu", "workers")
         at_least(self, 1, "nproc", "nodes", "threads", "max_parallel", "grace_s")
+        at_least(self, 1, "cpus", "mem_gb", "timeout_min")
+        at_least(self, 0, "signal_s", "max_requeue")
+        self._check_texts()
         asked = {name for name in ("slurm", "lsf") if getattr(self, name)}
         if self.scheduler != "local":
             asked.add(self.scheduler)
@@ -34,6 +58,24 @@ class Env:
             self.scheduler = name  # type: ignore[assignment]  # one of the Literal's values
         if self.ngpu and self.nproc and self.nproc > self.ngpu:
             raise SettingsError(f"env.nproc={self.nproc}: more processes than env.ngpu={self.ngpu} GPUs")
+
+    def _check_texts(self) -> None:
+        for name in self.vars:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise SettingsError(f"env.vars.{name}: no name of an environment variable")
+        for name in self.extra:
+            if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+                raise SettingsError(f"env.extra.{name}: no name of an option; without the dashes in front")
+        texts = {**vars(self), **{f"extra.{k}": v for k, v in self.extra.items()}}
+        for name, value in texts.items():
+            if isinstance(value, str) and not value.isprintable():
+                raise SettingsError(f"env.{name}={value!r}: has a control character")
+        if self.timeout_min and self.timeout_min * 60 <= self.signal_s:
+            raise SettingsError(f"env.signal_s={self.signal_s}: not below env.timeout_min={self.timeout_min} minutes")
+
+    @property
+    def cpus_per_node(self) -> int:
+        return self.processes_per_node * (self.cpus or (self.threads or 1) + self.workers)
 
     @property
     def processes_per_node(self) -> int:

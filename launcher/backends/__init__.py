@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from contract import rundir
 from launcher import Unavailable
-from launcher.rundirs import Submission
+from launcher.plan import Queued
+from launcher.rundirs import SUBMISSIONS, Submission
 
 
 class Report(Protocol):
     """Somebody who is told how the runs get on."""
 
+    def queued(self, count: int, stage: str, job: str) -> None: ...
     def started(self, folder: Path, name: str) -> None: ...
     def elsewhere(self, folder: Path, name: str) -> None: ...
     def moved(self, folder: Path, name: str) -> None: ...
@@ -28,11 +31,11 @@ class Backend(Protocol):
     def submit(self, submission: Submission, report: Report) -> int:
         """Start what is on the disk. Gives the exit code of the launch."""
 
-    def query(self) -> set[str]:
-        """The identities that wait in the queue."""
+    def query(self, output_dir: Path) -> dict[str, Queued]:
+        """The runs of this folder that the queue holds, by identity; at most one call. Raises Unavailable."""
 
-    def cancel(self, folders: list[Path]) -> None:
-        """Take queued jobs away; those that run see CANCELLED in their run directory."""
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """Take jobs out of the queue."""
 
 
 def load(scheduler: str) -> Backend:
@@ -41,3 +44,16 @@ def load(scheduler: str) -> Backend:
         raise Unavailable(f"env.scheduler={scheduler}: not built yet; env.scheduler=local runs here")
     backend: Backend = import_module(name).Backend()
     return backend
+
+
+def intents(output_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """What was, or was about to be, sent to a scheduler: files that are written before it is called."""
+    return [(path, rundir.read_json(path)) for path in sorted(output_dir.glob(f"{SUBMISSIONS}/*/[0-9]*.json"))]
+
+
+def queue(output_dir: Path) -> dict[str, Queued]:
+    """What the schedulers hold of this folder. Asks only those that were ever given something of it."""
+    found: dict[str, Queued] = {}
+    for scheduler in {str(intent["scheduler"]) for _, intent in intents(output_dir)}:
+        found |= load(scheduler).query(output_dir)
+    return found

@@ -17,7 +17,7 @@ from typing import IO
 
 from contract import rundir
 from launcher.backends import Report
-from launcher.plan import Run, visible_gpus
+from launcher.plan import Queued, Run, visible_gpus
 from launcher.rundirs import Submission
 from launcher.supervisor import AGAIN, FINISHED, POLL_S, command
 
@@ -57,11 +57,11 @@ class Backend:
     def submit(self, submission: Submission, report: Report) -> int:
         return _Session(submission, report).run()
 
-    def query(self) -> set[str]:
-        return set()
+    def query(self, output_dir: Path) -> dict[str, Queued]:
+        return {}
 
-    def cancel(self, folders: list[Path]) -> None:
-        """Nothing waits in a queue, and supervisors see CANCELLED themselves."""
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """Nothing waits in a queue."""
 
 
 def supervise(folder: Path, *flags: str) -> list[str]:

@@ -1,0 +1,267 @@
+"""Slurm: runs of equal resources are one array; a stage that needs another one follows it element by element.
+
+What is queued is found by the arrays' names, which are written down before ``sbatch`` is called: nothing is lost or
+doubled whenever this process dies. Every element starts ``launcher.supervisor --manifest``, which finds its run there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import contract.settings
+from contract import rundir
+from contract.settings.env import Env
+from launcher import NotQueued, Unavailable
+from launcher.backends import Report, intents
+from launcher.plan import Queued, QueueState, Run
+from launcher.rundirs import Submission
+from launcher.supervisor import command
+
+TIMEOUT_S = 60
+SETTLE_S = 3.0  # after which the sbatch of a launcher that was killed has been heard, or never will be
+SUBMITTED = "submitted.json"
+# What an enclosing job says of itself is wrong in the jobs that it submits.
+ENCLOSING = re.compile(r"SLURM_(?!CONF$)|SLURMD_|SRUN_|PMIX?_|SIGHTLINE_ATTEMPT$|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_")
+LOST = re.compile(r"timed out|unable to contact|connect failure|communication|zero bytes", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Array:
+    name: str  # tells it from all other jobs
+    env: Env
+    runs: dict[int, Run]  # by the element's number
+    after: str | None  # the array whose elements these follow: its name here, or its id in the queue
+
+
+class Backend:
+    def render(self, submission: Submission) -> str:
+        made = self._arrays(submission)
+        files = {array.name: f"the job of {number}.sbatch" for number, array in enumerate(made)}
+        texts = []
+        for number, array in enumerate(made):
+            after = f", by --dependency=aftercorr after {files.get(array.after, array.after)}" if array.after else ""
+            head = f"# {number}.sbatch: {len(array.runs)} runs{after}\n" if len(made) > 1 else ""
+            texts.append(head + script(array, number, submission))
+        return "\n".join(texts)
+
+    def submit(self, submission: Submission, report: Report) -> int:
+        """Returns when Slurm has accepted. Raises NotQueued with Slurm's own words, or Unavailable if it was lost."""
+        folder, made = submission.folder, self._arrays(submission)
+        (folder / "logs").mkdir()
+        for number, array in enumerate(made):
+            runs = {str(i): {"identity": r.identity, "dir": f"{r.settings.worker}/{r.identity}"}
+                    for i, r in array.runs.items()}  # fmt: skip
+            rundir.write_atomic(folder / f"{number}.sbatch", script(array, number, submission))
+            rundir.write_json(folder / f"{number}.json", {"scheduler": "slurm", "name": array.name, "runs": runs})
+        ids: dict[str, str] = {}
+        for number, array in enumerate(made):
+            after = ids.get(array.after, array.after) if array.after else None
+            try:
+                ids[array.name] = _sbatch(folder / f"{number}.sbatch", array.name, after)
+            except NotQueued:
+                for late in range(number, len(made)):
+                    (folder / f"{late}.json").unlink()
+                    (folder / f"{late}.sbatch").unlink()
+                raise
+            rundir.write_json(folder / SUBMITTED, ids)
+            report.queued(len(array.runs), next(iter(array.runs.values())).stage, ids[array.name])
+        return 0
+
+    def query(self, output_dir: Path) -> dict[str, Queued]:
+        written = intents(output_dir)
+        if not written:
+            return {}
+        unknown = [path.stat().st_mtime for path, _ in written if not (path.parent / SUBMITTED).exists()]
+        if (wait := max(unknown, default=0.0) + SETTLE_S - time.time()) > 0:
+            time.sleep(min(wait, SETTLE_S))
+        arrays = {intent["name"]: intent["runs"] for _, intent in written}
+        found = {}
+        for line in _call("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%j|%F|%K|%T|%r").splitlines():
+            name, *rest = line.split("|")
+            if name in arrays and len(rest) == 4 and rest[1] in arrays[name]:
+                job, index, state, why = rest
+                found[arrays[name][index]["identity"]] = Queued(f"{job}_{index}", _state(state, why), why)
+        return found
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        for at in range(0, len(jobs), 1000):
+            _call("scancel", *jobs[at : at + 1000])
+
+    def _arrays(self, submission: Submission) -> list[Array]:
+        """Parents before children. A child has its parent's number: ``aftercorr`` links equal numbers."""
+        slug = re.sub(r"[^\w.-]+", "-", submission.name).strip("-.")[:40] or "launch"
+        name = f"{slug}-{hashlib.blake2b(str(submission.folder).encode(), digest_size=5).hexdigest()}"
+        limit = _max_array_size()
+        places: dict[str, tuple[str, int]] = {}  # of every run: its array, its number there
+        for identity, at in submission.queue.items():
+            job, _, index = at.job.partition("_")
+            places[identity] = (job, int(index))
+        made: dict[tuple[object, ...], Array] = {}
+        for run in submission.runs:
+            parent = next((places[p] for p in run.parents if p in places), None)
+            after = parent and parent[0]
+            key = (run.stage, json.dumps(contract.settings.plain(run.settings.env)), after)
+            for again in itertools.count():  # where an array is full, or has this number already, another follows
+                array = made.setdefault((*key, again), Array(f"{name}.{len(made)}", run.settings.env, {}, after))
+                number = parent[1] if parent else len(array.runs)
+                if number < limit and number not in array.runs:
+                    break
+            array.runs[number] = run
+            places[run.identity] = (array.name, number)
+        return list(made.values())
+
+
+def script(array: Array, number: int, submission: Submission) -> str:
+    from submitit.slurm.slurm import _convert_mem, _make_sbatch_string  # 0.1 s that only a launch has to wait for
+
+    env, folder, first = array.env, submission.folder, next(iter(array.runs.values()))
+    what = shlex.join(command(first.settings, first.folder)).replace("\n", "?")  # a line end would end the comment
+    if env.nodes > 1:
+        what = what.replace("--standalone", f"--nnodes={env.nodes} ...")
+    more: dict[str, Any] = {
+        "array": _ranges(sorted(array.runs)) + (f"%{env.max_parallel}" if env.max_parallel else ""),
+        "requeue": True,
+        "kill-on-invalid-dep": "yes",
+        **({"reservation": env.reservation} if env.reservation else {}),
+        **{name.replace("_", "-"): value for name, value in env.extra.items()},
+    }
+    srun = [f"--cpus-per-task={env.cpus_per_node}", "--open-mode=append"]
+    if env.nodes > 1:
+        srun.append("--kill-on-bad-exit=1")
+    if env.container:
+        mounts = [*env.mounts, f"{submission.output_dir}:{submission.output_dir}"]
+        srun += [f"--container-image={env.container}", f"--container-mounts={','.join(mounts)}"]
+    capsule = shlex.quote(str(submission.capsule))
+    supervisor = [
+        env.python or sys.executable,
+        "-m",
+        "launcher.supervisor",
+        "--manifest",
+        str(folder / f"{number}.json"),
+    ]
+    return str(
+        _make_sbatch_string(
+            command=shlex.join(supervisor),
+            folder=folder / "logs",
+            job_name=array.name,
+            partition=env.partition,
+            account=env.account,
+            qos=env.qos,
+            constraint=env.constraint,
+            nodelist=env.nodelist,
+            exclude=env.exclude,
+            comment=env.comment,
+            time=env.timeout_min,  # type: ignore[arg-type]  # None leaves it out
+            nodes=env.nodes,
+            ntasks_per_node=1,
+            cpus_per_task=env.cpus_per_node,
+            gpus_per_node=env.ngpu or None,
+            mem=_convert_mem(env.mem_gb) if env.mem_gb else None,
+            signal_delay_s=env.signal_s,
+            wckey=None,  # type: ignore[arg-type]
+            map_count=len(array.runs),
+            stderr_to_stdout=True,
+            setup=[
+                *env.setup,
+                *(f"export {name}={shlex.quote(value)}" for name, value in env.vars.items()),
+                f"# the supervisor of each node starts, for the first of these runs: {what}",
+                f"cd {capsule} || exit 1",
+                f"export PYTHONPATH={capsule}${{PYTHONPATH:+:$PYTHONPATH}}",
+            ],
+            additional_parameters=more,
+            srun_args=srun,
+        )
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-2,5 for 0, 1, 2 and 5."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+# -- calling Slurm ----------------------------------------------------------------------------------------------------
+
+
+def _sbatch(path: Path, name: str, after: str | None) -> str:
+    words = ["sbatch", "--parsable", *([f"--dependency=aftercorr:{after}"] if after else []), str(path)]
+    try:
+        said = _call(*words)
+    except NotQueued as error:
+        if not LOST.search(str(error)):
+            raise
+        try:  # it may have been heard all the same
+            time.sleep(1)
+            found = _call("squeue", "-h", "-u", str(os.getuid()), "--name", name, "-o", "%F").split()
+        except NotQueued:
+            raise Unavailable(
+                f"{error}\nperhaps queued; the same command finds out, and queues nothing twice"
+            ) from None
+        if not found:
+            raise
+        return found[0]
+    return said.strip().split(";")[0]  # JOB, or JOB;CLUSTER
+
+
+def _call(*words: str) -> str:
+    """What it prints. Raises NotQueued with what it says instead."""
+
+    def before_exec() -> None:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die when the launcher is killed
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C must not leave the outcome open
+
+    env = {key: value for key, value in os.environ.items() if not ENCLOSING.match(key)}
+    if "SLURM_JOB_ID" in os.environ:
+        env.pop("CUDA_VISIBLE_DEVICES", None)
+    try:
+        done = subprocess.run(
+            words,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+            preexec_fn=before_exec,  # this process has one thread
+        )
+    except FileNotFoundError:
+        raise NotQueued(f"{words[0]}: no such program; is this a login node of the cluster?") from None
+    except subprocess.TimeoutExpired:
+        raise NotQueued(f"{words[0]}: timed out, no answer in {TIMEOUT_S} s") from None
+    if done.returncode:
+        raise NotQueued(done.stderr.strip() or done.stdout.strip() or f"{words[0]}: exit {done.returncode}")
+    return done.stdout
+
+
+def _max_array_size() -> int:
+    """How many elements an array may have; their numbers are below it."""
+    try:
+        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _call("scontrol", "show", "config"), re.MULTILINE)
+    except NotQueued:  # a script can be looked at anywhere
+        found = None
+    return int(found[1]) if found else 1000
+
+
+def _state(state: str, why: str) -> QueueState:
+    if why.startswith("DependencyNeverSatisfied"):
+        return "blocked"
+    return "running" if state == "RUNNING" else "leaving" if state == "COMPLETING" else "queued"

@@ -1,0 +1,90 @@
+"""A Slurm job seen from within: which run is mine, when it ends, who else takes part, and how to be started again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from contract import rundir
+
+TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Job:
+    folder: Path  # the run directory
+    id: str  # as people and scancel say it: 12_3
+    node: int
+    nodes: int
+    attempt: str  # the same on every node, another one after every requeue
+    address: str | None  # where the nodes of this job meet
+
+    def ends(self) -> float | None:
+        """When the time limit comes, in the clock of this node; None if there is none or nobody says."""
+        if said := os.environ.get("SLURM_JOB_END_TIME"):
+            return float(said)
+        left = _ask("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L")
+        return time.time() + seconds if (seconds := _seconds(left)) is not None else None
+
+    def requeue(self) -> None:
+        """Start this job again later. Slurm may have done so already, and then refuses."""
+        _ask("scontrol", "requeue", self.id)
+
+    def torchrun(self) -> list[str]:
+        """What torchrun must know to find the other nodes."""
+        return [
+            f"--nnodes={self.nodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={self.address}",
+            f"--rdzv-id={self.attempt}",
+            f"--rdzv-conf=is_host={int(self.node == 0)}",
+        ]
+
+
+def this_job(manifest: Path) -> Job:
+    """From the environment of a job, and what was submitted. Raises RunDirError."""
+    env = os.environ
+    try:
+        runs = rundir.read_json(manifest)["runs"]
+        folder = manifest.resolve().parents[2] / runs[env["SLURM_ARRAY_TASK_ID"]]["dir"]
+        number = int(env["SLURM_JOB_ID"])
+        name = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    except KeyError as error:
+        raise rundir.RunDirError(f"{manifest}: has no run for this job ({error})") from None
+    nodes = int(env.get("SLURM_JOB_NUM_NODES", "1"))
+    attempt = f"slurm-{number}-{env.get('SLURM_RESTART_COUNT', '0')}"
+    address = None
+    if nodes > 1:
+        hosts = _ask("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]).split()
+        if not hosts:
+            raise rundir.RunDirError(f"{name}: scontrol does not say which nodes these are")
+        address = f"{hosts[0]}:{12000 + number % 8000}"
+    return Job(folder, name, int(env.get("SLURM_NODEID", "0")), nodes, attempt, address)
+
+
+def _ask(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"{words[0]}: {error}", file=sys.stderr)
+        return ""
+    if done.returncode:
+        print(f"{' '.join(words)}: {done.stderr.strip()}", file=sys.stderr)
+    return done.stdout.strip()
+
+
+def _seconds(left: str) -> float | None:
+    """Slurm's 1-02:03:04, 02:03:04 or 03:04."""
+    days, dash, rest = left.rpartition("-")
+    try:
+        parts = [int(part) for part in rest.split(":")]
+        total = 0
+        for part in parts:
+            total = total * 60 + part
+        return total + 86400 * int(days) if dash else total
+    except ValueError:  # UNLIMITED, INVALID, nothing
+        return None

@@ -1,0 +1,87 @@
+"""What waits in a scheduler's queue, beside what the files say: asked in one call, and added to by one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import shutil
+import sys
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+from contract import rundir
+from launcher import NotQueued, Unavailable, backends, show
+from launcher.plan import OPEN, Plan, Queued, State, look, with_queue
+from launcher.rundirs import SUBMISSIONS, Submission
+
+
+def asked(output_dir: Path, clean: bool = True, patient: bool = False) -> dict[str, Queued]:
+    """What the schedulers hold. With ``clean``, jobs that wait for what will never be are taken out, to be queued anew;
+    with ``patient``, a scheduler that does not answer is only mentioned."""
+    try:
+        queue = backends.queue(output_dir)
+        blocked = {identity: job for identity, job in queue.items() if job.state == "blocked"}
+        if clean and blocked:
+            take_out(blocked)
+    except Unavailable as error:
+        if not patient:
+            raise
+        print(f"error: {error}\nwhat is queued is not known; this is what the files say", file=sys.stderr)
+        return {}
+    return {identity: job for identity, job in queue.items() if identity not in blocked}
+
+
+def take_out(jobs: Mapping[str, Queued]) -> None:
+    if jobs:
+        backends.load("slurm").cancel([job.job for job in jobs.values()])
+
+
+def told(found: Plan, queue: Mapping[str, Queued]) -> Plan:
+    runs = [dataclasses.replace(r, state=cast(State, with_queue(r.state, queue.get(r.identity)))) for r in found.runs]
+    return dataclasses.replace(found, runs=tuple(runs))
+
+
+def looked_again(found: Plan) -> Plan:
+    """Another launch may have had its turn since."""
+    again = {r.identity: look(r.folder, r.code) for r in found.runs if r.state in OPEN}
+    runs = [
+        dataclasses.replace(r, state=again[r.identity][0], changed=tuple(again[r.identity][1]))
+        if r.identity in again
+        else r
+        for r in found.runs
+    ]
+    return dataclasses.replace(found, runs=tuple(runs))
+
+
+@contextlib.contextmanager
+def turn(output_dir: Path) -> Iterator[None]:
+    """One launch to a queue at a time: between the look at the queue and the last call nobody else adds to it."""
+    place = output_dir / SUBMISSIONS
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+
+def forget(submission: Submission, queued: Container[str]) -> None:
+    """Undo what ``write`` made for runs that no scheduler took."""
+    for run in submission.runs:
+        untouched = not rundir.owner_alive(run.folder) and not rundir.attempts_file(run.folder, 0).exists()
+        if run.identity in submission.fresh and run.identity not in queued and untouched:
+            shutil.rmtree(run.folder)
+            with contextlib.suppress(OSError):  # others are in it
+                run.folder.parent.rmdir()
+    if not any(r.identity in queued for r in submission.runs):
+        shutil.rmtree(submission.folder)
+
+
+def send(submission: Submission, backend: backends.Backend, watch: show.Watch) -> int:
+    try:
+        return backend.submit(submission, watch)
+    except NotQueued:
+        queued = {r["identity"] for path, intent in backends.intents(submission.output_dir)
+                  if path.parent == submission.folder for r in intent["runs"].values()}  # fmt: skip
+        forget(submission, queued)
+        raise

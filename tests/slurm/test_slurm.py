@@ -1,0 +1,278 @@
+"""The launcher against a real Slurm: what is submitted runs, once, and comes back whatever befalls it."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from contract import rundir
+
+pytestmark = pytest.mark.slow  # minutes of a real cluster: make test-all
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = "env.ngpu=0"
+SLOW = {"FAKE_STEP_S": "0.2"}
+
+
+def test_the_published_way_to_submit(house):
+    done = house.run("worker=main_lmim", "env.slurm=True")
+    assert "1 run of lmim as job" in done.stderr
+    assert "done" not in done.stdout
+    house.wait_for(lambda: house.all("finished"))
+    (folder,) = house.runs()
+    assert "devices 0" in (folder / "log.txt").read_text()  # Slurm's GPU
+    assert "nothing to do" in house.run("worker=main_lmim", "env.slurm=True").stderr
+    assert "finished" in house.run("status").stdout
+
+
+def test_an_array_with_a_cap_is_one_submission_and_a_dry_run_shows_its_script(house, cluster):
+    words = ["worker=main_lmim", "env=slurm", CPU, "seed=range(10)", "env.max_parallel=3", "epochs=2"]
+    script = house.run(*words, "-n").stdout
+    assert "#SBATCH --array=0-9%3" in script
+    assert not house.out.exists()
+    house.run(*words, **SLOW)
+    (sent,) = house.out.glob("submissions/*/*.sbatch")
+    assert [w for w in sent.read_text().split() if "submissions" not in w and "main_lmim-" not in w] == [
+        w for w in script.split() if "submissions" not in w and "main_lmim-" not in w
+    ]
+    at_once = 0
+    while not house.all("finished"):
+        at_once = max(at_once, sum("RUNNING" in line for line in cluster.queue()))
+        time.sleep(0.1)
+    assert 1 < at_once <= 3
+
+
+def test_what_is_queued_is_known_and_not_queued_again(house, cluster):
+    words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=0,1", "env.extra.hold=true"]
+    house.run(*words)
+    assert "nothing to do" in house.run(*words).stderr
+    plan = house.run("plan", *words, "--json")
+    assert [json.loads(line)["state"] for line in plan.stdout.splitlines()] == ["queued", "queued"]
+    status = house.run("status", "--json", code=101)
+    assert [json.loads(line)["state"] for line in status.stdout.splitlines()] == ["queued", "queued"]
+    house.run("cancel", "seed=0")
+    assert len(cluster.queue()) == 1
+    cluster.call("scancel", "-u", "root")  # from outside
+    house.wait_for(lambda: not cluster.queue())
+    states = [json.loads(line)["state"] for line in house.run("status", "--json", code=101).stdout.splitlines()]
+    assert sorted(states) == ["cancelled", "waiting"]
+
+
+def test_scancel_of_a_running_job_saves_it_and_is_final_until_told_otherwise(house, cluster):
+    words = ["worker=main_lmim", "env.slurm=True", CPU, "epochs=20"]
+    house.run(*words, **SLOW)
+    house.wait_for(lambda: house.runs() and house.steps(house.runs()[0]))
+    cluster.call("scancel", "-u", "root")
+    house.wait_for(lambda: house.all("stopped") and not cluster.queue())
+    assert "stopped" in house.run("status", code=101).stdout
+    time.sleep(1)
+    assert cluster.queue() == []
+    house.run("retry", ":stopped")
+    house.wait_for(lambda: house.all("finished"))
+    assert house.steps(house.runs()[0]) == [*range(1, 21)]
+
+
+@pytest.mark.parametrize("partition", ["preempt", "grace"])
+def test_a_preempted_run_comes_back_and_goes_on(house, cluster, partition):
+    house.run(
+        "worker=main_lmim", "env=slurm", CPU, "epochs=25", f"env.partition={partition}", "env.nodelist=node1", **SLOW
+    )
+    house.wait_for(lambda: house.runs() and house.steps(house.runs()[0]))
+    cluster.call("sbatch", "-p", "main", "-w", "node1", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    house.wait_for(lambda: house.all("finished"))
+    (folder,) = house.runs()
+    assert house.causes(folder) == ["stopped", "finished"]
+    assert house.steps(folder) == [*range(1, 26)]
+
+
+def test_a_time_limit_is_foreseen_without_a_signal(house):
+    limit = ["env.timeout_min=1", "env.signal_s=56"]
+    house.run("worker=main_lmim", "env=slurm", CPU, "epochs=30", *limit, **SLOW)
+    house.wait_for(lambda: house.all("finished"))
+    (folder,) = house.runs()
+    assert house.causes(folder)[0] == "stopped"
+    assert house.causes(folder)[-1] == "finished"
+    assert house.steps(folder) == [*range(1, 31)]
+
+
+def test_attempts_without_a_step_come_to_an_end(house, cluster):
+    house.run("worker=main_lmim", "env=slurm", CPU, "env.max_requeue=0", "epochs=9", FAKE_STUCK="1", FAKE_STEP_S="0.1")
+    house.wait_for(lambda: house.all("running"))
+    time.sleep(1)
+    cluster.call("scancel", "--signal=USR2", "-u", "root")
+    house.wait_for(lambda: house.all("failed"))
+    assert house.causes(house.runs()[0]) == ["stopped", "gave up"]
+    assert "gave up after 1 attempts" in house.run("status", code=100).stdout
+
+
+def test_a_lost_node_gives_the_run_to_another_one(house, cluster):
+    house.run("worker=main_lmim", "env=slurm", CPU, "epochs=25", "env.exclude='node[1,2,4]'", **SLOW)
+    house.wait_for(lambda: house.runs() and house.steps(house.runs()[0]))
+    (folder,) = house.runs()
+    cluster.box("crash", str(cluster.folder), "node3", "--down")
+    try:
+        before = house.steps(folder)
+        assert len(before) < 25
+        long_ago = time.time() - 2 * rundir.STALE_S  # so that nobody has to wait for that
+        os.utime(folder / rundir.OWNER, (long_ago, long_ago))
+        (job,) = (line.split()[0] for line in cluster.queue())
+        cluster.call("scontrol", "update", f"JobId={job}", "ExcNodeList=")
+        house.wait_for(lambda: house.all("finished"))
+    finally:
+        cluster.box("revive", str(cluster.folder), "node3")
+    assert house.causes(folder) == ["finished"]
+    assert len({r["host"].partition("/")[0] for r in rundir.attempts(folder)}) == 2
+    assert house.steps(folder) == [*range(1, 26)]
+
+
+@pytest.mark.parametrize(
+    ("word", "slurm_says"),
+    [
+        ("env.partition=nowhere", "invalid partition"),
+        ("env.ngpu=9", "Requested node configuration is not available"),
+        ("env.extra.nonsense=1", "unrecognized option"),
+    ],
+)
+def test_what_slurm_refuses_is_said_in_its_words_and_leaves_nothing_behind(house, cluster, word, slurm_says):
+    done = house.run("worker=main_lmim", "env.slurm=True", "then=[main_knn]", word, code=3)
+    assert slurm_says in done.stderr
+    assert house.runs() == []
+    assert [p for p in house.out.rglob("*") if p.name not in ("submissions", ".lock")
+            and "capsules" not in p.parts] == []  # fmt: skip
+    assert cluster.queue() == []
+
+
+def test_a_scheduler_that_does_not_answer(house, tmp_path):
+    nowhere = tmp_path / "slurm.conf"
+    conf = Path(os.environ["SLURM_CONF"]).read_text()
+    house.run("worker=main_lmim", "env.slurm=True", CPU)
+    house.wait_for(lambda: house.all("finished"))
+    lines = [f"{line.partition('=')[0]}=1" if line.startswith("SlurmctldPort") else line for line in conf.splitlines()]
+    nowhere.write_text("\n".join([*lines, "MessageTimeout=1"]))
+    done = house.run("worker=main_lmim", "env.slurm=True", CPU, "seed=5", code=3, SLURM_CONF=str(nowhere))
+    assert "error:" in done.stderr
+    assert len(house.runs()) == 1
+    assert "what is queued is not known" in house.run("status", SLURM_CONF=str(nowhere)).stderr
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_launcher_killed_around_sbatch_doubles_and_loses_nothing(house, cluster, tmp_path, moment):
+    real, reached = shutil.which("sbatch"), tmp_path / "reached"
+    slow = tmp_path / "sbatch"
+    call = f'{real} "$@"\n' if moment == "after" else ""
+    slow.write_text(f"#!/bin/sh\n{call}touch {reached}\nsleep 30\n")
+    slow.chmod(0o755)
+    words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=range(3)"]
+    launcher = house.start(*words, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    house.wait_for(reached.exists)
+    launcher.kill()
+    launcher.communicate()
+    house.run(*words)
+    house.run(*words)
+    house.wait_for(lambda: house.all("finished") and not cluster.queue())
+    assert len(house.runs()) == 3
+    assert len(cluster.call("sacct", "-X", "-n", "-S", "now-10minutes", "-o", "jobid").split()) >= 3
+    for folder in house.runs():
+        assert house.causes(folder) == ["finished"]
+
+
+def test_an_answer_that_is_lost_is_looked_for_in_the_queue(house, cluster, tmp_path):
+    mute = tmp_path / "sbatch"
+    call = f'{shlex.quote(str(shutil.which("sbatch")))} "$@" >/dev/null'
+    mute.write_text(f"#!/bin/sh\n{call}\necho 'sbatch: error: Socket timed out on send/recv operation' >&2\nexit 1\n")
+    mute.chmod(0o755)
+    house.run("worker=main_lmim", "env.slurm=True", CPU, "env.extra.hold=true", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert len(cluster.queue()) == 1
+    (ids,) = house.out.glob("submissions/*/submitted.json")
+    assert list(json.loads(ids.read_text()).values()) == [cluster.queue()[0].split("_")[0]]
+
+
+def test_two_launchers_at_once_queue_every_run_once(house, cluster):
+    words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=range(4)", "env.extra.hold=true"]
+    for each in [house.start(*words) for _ in range(2)]:
+        _, said = each.communicate(timeout=60)
+        assert each.returncode == 0, said
+    assert len(cluster.queue()) == 4
+
+
+def test_code_that_is_edited_later_does_not_reach_what_is_queued(house, cluster):
+    house.run("worker=main_lmim", "env.slurm=True", CPU, "env.extra.hold=true")
+    worker = house.root / "workers" / "main_lmim.py"
+    worker.write_text(worker.read_text().replace("VERSION 1", "VERSION 2"))
+    cluster.call("scontrol", "release", cluster.queue()[0].split("_")[0])
+    house.wait_for(lambda: house.all("finished"))
+    assert "VERSION 1" in (house.runs()[0] / "log.txt").read_text()
+
+
+def test_a_pipeline_where_one_element_fails_and_is_mended(house, cluster):
+    words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=0,1,2", "then=[main_knn,main_linprobe]"]
+    house.run(*words, FAKE_FAIL="1")
+    assert len([*house.out.glob("submissions/*/*.sbatch")]) == 3
+    house.wait_for(lambda: not cluster.queue())
+    states = [json.loads(line) for line in house.run("status", "--json", code=100).stdout.splitlines()]
+    found = sorted((s["stage"], s["seed"], s["state"]) for s in states if s["state"] != "finished")
+    assert found == [("knn", 1, "blocked"), ("linprobe", 1, "blocked"), ("lmim", 1, "failed")]
+    house.run("retry", ":failed")
+    house.wait_for(lambda: house.all("finished"))
+
+
+def test_an_evaluation_follows_what_is_queued_already(house, cluster):
+    words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=0,1"]
+    house.run(*words, "env.extra.hold=true")
+    house.run(*words, "then=[main_knn]")
+    house.wait_for(lambda: sum("Dependency" in line for line in cluster.queue()) == 2)
+    cluster.call("scontrol", "release", *{line.split("_")[0] for line in cluster.queue() if "JobHeld" in line})
+    house.wait_for(lambda: house.all("finished"))
+
+
+def test_a_launch_from_within_a_job(house, cluster):
+    words = [
+        sys.executable,
+        "launcher.py",
+        "worker=main_lmim",
+        "env.slurm=True",
+        "env.nodelist=node1",
+        CPU,
+        "env.cpus=2",
+    ]
+    cluster.call("srun", "-w", "node2", "-c", "1", "--chdir", str(house.root), "env", "-u", "USER", *words)
+    house.wait_for(lambda: house.all("finished"))
+
+
+REAL = ["worker=main_lmim", "data=fake", "data.size=16", "data.length=96", "grid_size=4", "num_vis=5", "batch_size=8"]
+
+
+def real(house):
+    """The true workers in the house."""
+    shutil.rmtree(house.root / "workers")
+    shutil.copytree(ROOT / "workers", house.root / "workers", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def test_two_nodes_of_two_processes(house):
+    real(house)
+    house.run(*REAL, "env.slurm=True", CPU, "env.nodes=2", "env.nproc=2", "epochs=2", "env.threads=1")
+    house.wait_for(lambda: house.all("finished"), 120)
+    (folder,) = house.runs()
+    hosts = {r["host"].partition("/")[0] for r in rundir.attempts(folder)}
+    assert len(hosts) == 2
+    assert rundir.read_run(folder)["processes"] == 4
+    assert yaml.safe_load((folder / "config.yaml").read_text())["env"]["nodes"] == 2
+
+
+def test_a_preempted_training_has_the_bytes_of_an_undisturbed_one(house, cluster):
+    real(house)
+    words = [*REAL, "env=slurm", CPU, "epochs=12", "env.threads=1", "env.partition=preempt"]
+    house.run(*words, "env.nodelist=node1")
+    house.wait_for(lambda: house.runs() and house.steps(house.runs()[0]), 60)
+    cluster.call("sbatch", "-p", "main", "-w", "node1", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    house.run(*words, f"output_dir={house.root}/calm", "env.nodelist=node2")
+    calm = house.root / "calm" / "main_lmim" / house.runs()[0].name
+    house.wait_for(lambda: house.all("finished") and rundir.state(calm) == "finished", 90)
+    assert house.causes(house.runs()[0]) == ["stopped", "finished"]
+    assert (house.runs()[0] / "encoder.pt").read_bytes() == (calm / "encoder.pt").read_bytes()
