@@ -30,6 +30,7 @@ STOP = "stop"
 CANCELLED = "CANCELLED"
 OWNER = "owner.json"
 CHECKPOINT = "checkpoint.pt"
+SAVED = "checkpoint.json"  # {"seconds"}: what the last one cost
 ENCODER = "encoder.pt"
 FIGURES = "figures"
 TABLES = "tables"
@@ -240,6 +241,21 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
     """All starts and ends of all nodes, oldest first."""
     found = [r for path in sorted(folder.glob("attempts.*.jsonl")) for r in read_journal(path)[0]]
     return sorted(found, key=lambda r: float(r.get("time", 0)))
+
+
+def seconds_to_save(folder: Path) -> float:
+    """How long the last checkpoint took; 0 before there is one."""
+    try:
+        return float(read_json(folder / SAVED)["seconds"])
+    except (RunDirError, KeyError, TypeError, ValueError):
+        return 0.0
+
+
+def ended_in(folder: Path, job: str) -> bool:
+    """Did its last attempt belong to this job of a queue, and fail? Then the job does not try again."""
+    ends = [r for r in attempts(folder) if r.get("event") == "end"]
+    last = ends[-1] if ends else {}
+    return last.get("job") == job and last.get("cause") in ("failed", "killed", "gave up")
 
 
 def state(folder: Path) -> State:

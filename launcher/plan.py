@@ -39,9 +39,13 @@ QueueState = Literal["queued", "running", "blocked", "leaving"]
 class Queued:
     """What a scheduler says of a run."""
 
-    job: str
+    scheduler: str
+    array: str  # its number
+    element: int | None
+    job: str  # the element as its commands call it
     state: QueueState  # blocked: it waits for what will never be; leaving: over, or about to be queued again
     why: str
+    shared: bool = False  # with other runs, which are done one after another
 
 
 def with_queue(state: str, queued: Queued | None) -> str:

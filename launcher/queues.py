@@ -7,12 +7,13 @@ import dataclasses
 import fcntl
 import shutil
 import sys
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
 from contract import rundir
 from launcher import NotQueued, Unavailable, backends, show
+from launcher.manifest import elements
 from launcher.plan import OPEN, Plan, Queued, State, look, with_queue
 from launcher.rundirs import SUBMISSIONS, Submission
 
@@ -33,9 +34,12 @@ def asked(output_dir: Path, clean: bool = True, patient: bool = False) -> dict[s
     return {identity: job for identity, job in queue.items() if identity not in blocked}
 
 
-def take_out(jobs: Mapping[str, Queued]) -> None:
-    if jobs:
-        backends.load("slurm").cancel([job.job for job in jobs.values()])
+def take_out(jobs: Mapping[str, Queued], others: Iterable[Queued] = ()) -> None:
+    """Take these runs' jobs out of the queue; not a job that also does ``others``, which finds the mark at its run."""
+    needed = {(job.scheduler, job.job) for job in others}
+    unwanted = {(job.scheduler, job.job) for job in jobs.values()} - needed
+    for scheduler in {scheduler for scheduler, _ in unwanted}:
+        backends.load(scheduler).cancel(sorted(job for of, job in unwanted if of == scheduler))
 
 
 def told(found: Plan, queue: Mapping[str, Queued]) -> Plan:
@@ -81,7 +85,7 @@ def send(submission: Submission, backend: backends.Backend, watch: show.Watch) -
     try:
         return backend.submit(submission, watch)
     except NotQueued:
-        queued = {r["identity"] for path, intent in backends.intents(submission.output_dir)
-                  if path.parent == submission.folder for r in intent["runs"].values()}  # fmt: skip
+        kept = [i for path, i in backends.intents(submission.output_dir) if path.parent == submission.folder]
+        queued = {run["identity"] for intent in kept for runs in elements(intent).values() for run in runs}
         forget(submission, queued)
         raise

@@ -37,13 +37,17 @@ FINISHED, FAILED, NOT_ALLOWED, AGAIN = 0, 1, 4, 75
 """Exit codes. AGAIN: stopped, or busy elsewhere: a scheduler may start it again. NOT_ALLOWED: somebody said no."""
 
 POLL_S = 0.2
+TIMES_TO_SAVE = 3.0  # how many times what the last checkpoint took is kept for the one at the time limit
 
 
 class Supervisor:
     def __init__(self, folder: Path, parent: int | None = None, job: Job | None = None):
         self.folder, self.parent, self.job = folder, parent, job
         self.node = job.node if job else 0
-        self.leave_at = float("inf")  # when the time limit is near
+        # A scheduler signals all processes of a job, also of a launch that a person started within one.
+        self.in_queue = job is not None or bool({"SLURM_JOB_ID", "LSB_JOBID"} & os.environ.keys())
+        self.ends = float("inf")  # when the time limit comes
+        self.margin = 0.0  # how long before that we leave
         self.heard: set[int] = set()
         self.asked = 0  # how often we were told to leave
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -52,7 +56,7 @@ class Supervisor:
     def _hear(self, number: int, _frame: object) -> None:
         self.heard.add(number)
         # One wish to have us leave arrives as USR2, TERM and TERM in a queue; a second Ctrl-C is a second wish.
-        self.asked = max(self.asked, 1) if self.job and number != signal.SIGINT else self.asked + 1
+        self.asked = max(self.asked, 1) if self.in_queue and number != signal.SIGINT else self.asked + 1
 
     def run(self) -> int:
         """One attempt, from the claim to the end record. Gives the exit code."""
@@ -60,7 +64,7 @@ class Supervisor:
         settings = read_settings(self.folder)
         job = self.job.id if self.job else os.environ.get("SLURM_JOB_ID") or os.environ.get("LSB_JOBID")
         if self.job and (ends := self.job.ends()):
-            self.leave_at = ends - settings.env.signal_s
+            self.ends, self.margin = ends, settings.env.signal_s
         if self.job and self.node:
             return self._follow(settings, self.job)
         try:
@@ -86,8 +90,10 @@ class Supervisor:
     def queue_again(self, code: int) -> bool:
         """Is it for us to ask the queue for another attempt? Not where it stops us for good or does so itself, which
         both come as TERM."""
-        limit = time.time() > self.leave_at
-        return self.node == 0 and code == AGAIN and (limit or signal.SIGTERM not in self.heard)
+        return self.node == 0 and code == AGAIN and (self._near_the_end() or signal.SIGTERM not in self.heard)
+
+    def _near_the_end(self) -> bool:
+        return time.time() > self.ends - self.margin
 
     def _claim(self, job: str | None) -> rundir.Owner:
         """In a queue, an owner that went down with its node is waited for until it counts as lost."""
@@ -122,7 +128,8 @@ class Supervisor:
         return next((i for i, step in enumerate(reversed(steps)) if step != self._step()), len(steps))
 
     def _give_up(self, owner: rundir.Owner, tries: int) -> int:
-        record = {"attempt": owner.attempt, "host": rundir.this_host(), "time": time.time()}
+        job = self.job.id if self.job else None
+        record = {"attempt": owner.attempt, "host": rundir.this_host(), "job": job, "time": time.time()}
         journal = rundir.Journal(rundir.attempts_file(self.folder, 0))
         journal.append({"event": "start", **record})  # without a step: a retry counts anew
         journal.append({"event": "end", **record, "cause": "gave up", "exit": FAILED, "signal": None})
@@ -180,7 +187,7 @@ class Supervisor:
     def _start(self, settings: Settings, attempt: str, log: Any) -> subprocess.Popen[bytes]:
         capsule = (self.folder / rundir.CAPSULE).resolve()
         me = os.getpid()
-        deaf = [signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, *([signal.SIGTERM] if self.job else [])]
+        deaf = [signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, *([signal.SIGTERM] if self.in_queue else [])]
 
         def before_exec() -> None:
             for number in deaf:
@@ -192,7 +199,7 @@ class Supervisor:
         return subprocess.Popen(
             command(settings, self.folder, self.job),
             cwd=capsule,
-            env=environment(settings, capsule, attempt, self.job),
+            env=environment(settings, capsule, attempt, self.job, self.in_queue),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -208,9 +215,10 @@ class Supervisor:
                 beat = now
                 if self.node == 0 and not owner.beat():
                     return "busy"
+                self.margin = max(self.margin, TIMES_TO_SAVE * rundir.seconds_to_save(self.folder))
             if self.parent is not None and os.getppid() != self.parent:
                 self.parent, self.asked = None, self.asked + 1
-            asked = self.asked or time.time() > self.leave_at or self._told_by_a_person()
+            asked = self.asked or self._near_the_end() or self._told_by_a_person()
             if deadline == float("inf") and asked:
                 deadline = now + grace_s
                 rundir.stop_file(self.folder, owner.attempt).touch()
@@ -233,14 +241,16 @@ def command(settings: Settings, folder: Path, job: Job | None = None) -> list[st
     return [sys.executable, "-m", "torch.distributed.run", *place, f"--nproc-per-node={processes}", *worker]
 
 
-def environment(settings: Settings, capsule: Path, attempt: str, job: Job | None = None) -> dict[str, str]:
+def environment(
+    settings: Settings, capsule: Path, attempt: str, job: Job | None = None, in_queue: bool = False
+) -> dict[str, str]:
     env = settings.env
     side_by_side = (env.max_parallel or 1) if job is None else 1
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if job else 0
     cores = cores or len(os.sched_getaffinity(0))
     threads = env.threads or max(1, cores // (env.processes_per_node * side_by_side))
     # torchrun, too, must not die of the scheduler's TERM, which everything below it ignores.
-    torchrun = {"PET_SIGNALS_TO_HANDLE": "SIGQUIT", "PET_SHUTDOWN_TIMEOUT": "5"} if job else {}
+    torchrun = {"PET_SIGNALS_TO_HANDLE": "SIGQUIT", "PET_SHUTDOWN_TIMEOUT": "5"} if in_queue else {}
     found = torchrun | {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(capsule), os.environ.get("PYTHONPATH")])),
@@ -266,6 +276,25 @@ def read_settings(folder: Path) -> Settings:
         raise rundir.RunDirError(f"{path}: unreadable ({'; '.join(str(error).splitlines())})") from None
 
 
+def in_turn(job: Job) -> int:
+    """The runs of a job, one after another; what fails does not keep the others from their turn."""
+    codes = []
+    for folder in job.folders:
+        if len(job.folders) > 1 and rundir.ended_in(folder, job.id):  # before the job was queued again
+            codes.append(FAILED)
+            continue
+        supervisor = Supervisor(folder, job=job)
+        code = supervisor.run()
+        if supervisor.asked and folder != job.folders[-1]:
+            code = AGAIN  # for those that follow
+        if supervisor.queue_again(code):
+            job.requeue()
+        if code == AGAIN:
+            return AGAIN
+        codes.append(code)
+    return FINISHED if FINISHED in codes else codes[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launcher.supervisor", description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="RUN_DIR", nargs="?")
@@ -275,16 +304,11 @@ def main() -> None:
     if (args.folder is None) == (args.manifest is None):
         parser.error("say a RUN_DIR, or --manifest FILE within a job")
     try:
-        job = None
         if args.manifest:
             from launcher.backends.slurm_node import this_job
 
-            job = this_job(args.manifest)
-        supervisor = Supervisor(job.folder if job else args.folder.resolve(), args.parent, job)
-        code = supervisor.run()
-        if job and supervisor.queue_again(code):
-            job.requeue()
-        sys.exit(code)
+            sys.exit(in_turn(this_job(args.manifest)))
+        sys.exit(Supervisor(args.folder.resolve(), args.parent).run())
     except (rundir.RunDirError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(FAILED)

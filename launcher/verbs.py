@@ -224,7 +224,9 @@ def cancel(args: argparse.Namespace) -> int:
             return 4
     for each in chosen:
         (each.folder / rundir.CANCELLED).touch()
-    queues.take_out({f.identity: queue[f.identity] for f in chosen if f.state == "queued" and f.identity in queue})
+    gone = {f.identity for f in chosen}
+    out = {f.identity: queue[f.identity] for f in chosen if f.state == "queued" and f.identity in queue}
+    queues.take_out(out, others=[job for identity, job in queue.items() if identity not in gone])
     print(f"{len(chosen)} cancelled; python launcher.py retry takes it back")
     return 0
 

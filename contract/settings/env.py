@@ -35,6 +35,7 @@ class Env:
     mem_gb: float | None = None  # per node
     timeout_min: int | None = None  # of one attempt; a run goes on in the next
     signal_s: int = 120  # from the warning to the time limit
+    max_submit: int | None = None  # jobs of yours that the site takes at once; null: as its accounting says
     max_requeue: int = 5  # attempts in a row without a new step; then it gives up
     setup: list[str] = field(default_factory=list)  # shell lines before the run
     container: str | None = None  # image for pyxis
@@ -46,7 +47,7 @@ class Env:
     def __post_init__(self) -> None:
         at_least(self, 0, "ngpu", "workers")
         at_least(self, 1, "nproc", "nodes", "threads", "max_parallel", "grace_s")
-        at_least(self, 1, "cpus", "mem_gb", "timeout_min")
+        at_least(self, 1, "cpus", "mem_gb", "timeout_min", "max_submit")
         at_least(self, 0, "signal_s", "max_requeue")
         self._check_texts()
         asked = {name for name in ("slurm", "lsf") if getattr(self, name)}

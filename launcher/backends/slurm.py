@@ -7,9 +7,7 @@ doubled whenever this process dies. Every element starts ``launcher.supervisor -
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import itertools
-import json
+import getpass
 import os
 import re
 import shlex
@@ -18,15 +16,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import contract.settings
 from contract import rundir
 from contract.settings.env import Env
-from launcher import NotQueued, Unavailable
+from launcher import NotQueued, Unavailable, arrays
+from launcher.arrays import Array
 from launcher.backends import Report, intents
+from launcher.backends.slurm_node import seconds as _seconds
+from launcher.manifest import elements
 from launcher.plan import Queued, QueueState, Run
 from launcher.rundirs import Submission
 from launcher.supervisor import command
@@ -39,34 +38,28 @@ ENCLOSING = re.compile(r"SLURM_(?!CONF$)|SLURMD_|SRUN_|PMIX?_|SIGHTLINE_ATTEMPT$
 LOST = re.compile(r"timed out|unable to contact|connect failure|communication|zero bytes", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Array:
-    name: str  # tells it from all other jobs
-    env: Env
-    runs: dict[int, Run]  # by the element's number
-    after: str | None  # the array whose elements these follow: its name here, or its id in the queue
-
-
 class Backend:
     def render(self, submission: Submission) -> str:
-        made = self._arrays(submission)
+        made = arrays.of(submission, longest=_max_array_size())
         files = {array.name: f"the job of {number}.sbatch" for number, array in enumerate(made)}
         texts = []
         for number, array in enumerate(made):
             after = f", by --dependency=aftercorr after {files.get(array.after, array.after)}" if array.after else ""
-            head = f"# {number}.sbatch: {len(array.runs)} runs{after}\n" if len(made) > 1 else ""
-            texts.append(head + script(array, number, submission))
+            head = f"# {number}.sbatch: {array.count} runs{after}\n" if len(made) > 1 else ""
+            texts.append(head + script(array, number, submission, arrays.cap(array, made)))
         return "\n".join(texts)
 
     def submit(self, submission: Submission, report: Report) -> int:
         """Returns when Slurm has accepted. Raises NotQueued with Slurm's own words, or Unavailable if it was lost."""
-        folder, made = submission.folder, self._arrays(submission)
+        _check_limits(submission.runs)
+        made = arrays.of(submission, longest=_max_array_size(), room=_room(submission.runs[0].settings.env))
+        folder = submission.folder
         (folder / "logs").mkdir()
         for number, array in enumerate(made):
-            runs = {str(i): {"identity": r.identity, "dir": f"{r.settings.worker}/{r.identity}"}
-                    for i, r in array.runs.items()}  # fmt: skip
-            rundir.write_atomic(folder / f"{number}.sbatch", script(array, number, submission))
-            rundir.write_json(folder / f"{number}.json", {"scheduler": "slurm", "name": array.name, "runs": runs})
+            text = script(array, number, submission, arrays.cap(array, made))
+            rundir.write_atomic(folder / f"{number}.sbatch", text)
+            intent = {"scheduler": "slurm", "name": array.name, "runs": array.elements()}
+            rundir.write_json(folder / f"{number}.json", intent)
         ids: dict[str, str] = {}
         for number, array in enumerate(made):
             after = ids.get(array.after, array.after) if array.after else None
@@ -78,7 +71,7 @@ class Backend:
                     (folder / f"{late}.sbatch").unlink()
                 raise
             rundir.write_json(folder / SUBMITTED, ids)
-            report.queued(len(array.runs), next(iter(array.runs.values())).stage, ids[array.name])
+            report.queued(array.count, array.first.stage, ids[array.name])
         return 0
 
     def query(self, output_dir: Path) -> dict[str, Queued]:
@@ -88,52 +81,34 @@ class Backend:
         unknown = [path.stat().st_mtime for path, _ in written if not (path.parent / SUBMITTED).exists()]
         if (wait := max(unknown, default=0.0) + SETTLE_S - time.time()) > 0:
             time.sleep(min(wait, SETTLE_S))
-        arrays = {intent["name"]: intent["runs"] for _, intent in written}
+        known = {intent["name"]: elements(intent) for _, intent in written}
         found = {}
         for line in _call("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%j|%F|%K|%T|%r").splitlines():
             name, *rest = line.split("|")
-            if name in arrays and len(rest) == 4 and rest[1] in arrays[name]:
-                job, index, state, why = rest
-                found[arrays[name][index]["identity"]] = Queued(f"{job}_{index}", _state(state, why), why)
+            if name in known and len(rest) == 4 and rest[1] in known[name]:
+                array, index, state, why = rest
+                job, runs = f"{array}_{index}", known[name][index]
+                for run in runs:
+                    if len(runs) == 1 or not rundir.ended_in(output_dir / run["dir"], job):
+                        found[run["identity"]] = Queued(
+                            "slurm", array, int(index), job, _state(state, why), why, shared=len(runs) > 1
+                        )
         return found
 
     def cancel(self, jobs: Sequence[str]) -> None:
         for at in range(0, len(jobs), 1000):
             _call("scancel", *jobs[at : at + 1000])
 
-    def _arrays(self, submission: Submission) -> list[Array]:
-        """Parents before children. A child has its parent's number: ``aftercorr`` links equal numbers."""
-        slug = re.sub(r"[^\w.-]+", "-", submission.name).strip("-.")[:40] or "launch"
-        name = f"{slug}-{hashlib.blake2b(str(submission.folder).encode(), digest_size=5).hexdigest()}"
-        limit = _max_array_size()
-        places: dict[str, tuple[str, int]] = {}  # of every run: its array, its number there
-        for identity, at in submission.queue.items():
-            job, _, index = at.job.partition("_")
-            places[identity] = (job, int(index))
-        made: dict[tuple[object, ...], Array] = {}
-        for run in submission.runs:
-            parent = next((places[p] for p in run.parents if p in places), None)
-            after = parent and parent[0]
-            key = (run.stage, json.dumps(contract.settings.plain(run.settings.env)), after)
-            for again in itertools.count():  # where an array is full, or has this number already, another follows
-                array = made.setdefault((*key, again), Array(f"{name}.{len(made)}", run.settings.env, {}, after))
-                number = parent[1] if parent else len(array.runs)
-                if number < limit and number not in array.runs:
-                    break
-            array.runs[number] = run
-            places[run.identity] = (array.name, number)
-        return list(made.values())
 
-
-def script(array: Array, number: int, submission: Submission) -> str:
+def script(array: Array, number: int, submission: Submission, cap: int | None) -> str:
     from submitit.slurm.slurm import _convert_mem, _make_sbatch_string  # 0.1 s that only a launch has to wait for
 
-    env, folder, first = array.env, submission.folder, next(iter(array.runs.values()))
+    env, folder, first = array.env, submission.folder, array.first
     what = shlex.join(command(first.settings, first.folder)).replace("\n", "?")  # a line end would end the comment
     if env.nodes > 1:
         what = what.replace("--standalone", f"--nnodes={env.nodes} ...")
     more: dict[str, Any] = {
-        "array": _ranges(sorted(array.runs)) + (f"%{env.max_parallel}" if env.max_parallel else ""),
+        "array": arrays.ranges(sorted(array.runs)) + (f"%{cap}" if cap else ""),
         "requeue": True,
         "kill-on-invalid-dep": "yes",
         **({"reservation": env.reservation} if env.reservation else {}),
@@ -186,17 +161,6 @@ def script(array: Array, number: int, submission: Submission) -> str:
             srun_args=srun,
         )
     )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """0-2,5 for 0, 1, 2 and 5."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 # -- calling Slurm ----------------------------------------------------------------------------------------------------
@@ -259,6 +223,54 @@ def _max_array_size() -> int:
     except NotQueued:  # a script can be looked at anywhere
         found = None
     return int(found[1]) if found else 1000
+
+
+def _check_limits(runs: Sequence[Run]) -> None:
+    """A partition that refuses longer jobs would let one wait for ever, unless the site has it refused at once."""
+    asked = {(r.settings.env.partition, r.settings.env.timeout_min) for r in runs if r.settings.env.timeout_min}
+    if not asked:
+        return
+    said = _call("scontrol", "show", "partition", "-o")
+    limits = {m[1]: m[0] for m in re.finditer(r"^PartitionName=(\S+).*$", said, re.MULTILINE)}
+    for partition, minutes in asked:
+        names = partition.split(",") if partition else [n for n, line in limits.items() if " Default=YES" in line]
+        longest = {}
+        for name in set(names) & set(limits):  # of others Slurm says itself that they do not exist
+            found = re.search(r" MaxTime=(\S+)", limits[name])
+            longest[name] = _seconds(found[1]) if found else None
+        if longest and all(most is not None and minutes * 60 > most for most in longest.values()):
+            name, most = max(longest.items(), key=lambda item: item[1] or 0)
+            raise NotQueued(
+                f"env.timeout_min={minutes}: Requested time limit is invalid; partition {name} has a MaxTime of "
+                f"{int(most or 0) // 60} minutes, and runs go on in another attempt anyway"
+            )
+
+
+def _room(env: Env) -> int | None:
+    """How many more jobs the site takes of this user, as far as it says; None: no limit."""
+    try:
+        user = getpass.getuser()
+        mine = _call(
+            "sacctmgr", "-nP", "show", "assoc", f"user={user}", "format=account,maxsubmit,grpsubmit,defaultqos"
+        )
+        qos = _call("sacctmgr", "-nP", "show", "qos", "format=name,maxsubmitpu,grpsubmit")
+    except (NotQueued, OSError, KeyError):  # no accounting, no name: where there are limits, sbatch will say so
+        return env.max_submit
+    said = [env.max_submit]
+    names = {env.qos}
+    for line in mine.splitlines():
+        account, *limits, default = line.split("|")
+        if env.account in (None, account):
+            said += [int(limit) for limit in limits if limit]
+            names |= {default} if env.qos is None else set()
+    for line in qos.splitlines():
+        name, *limits = line.split("|")
+        said += [int(limit) for limit in limits if limit] if name in names else []
+    limits_said = [limit for limit in said if limit is not None]
+    if not limits_said:
+        return None
+    there = len(_call("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i").split())
+    return min(limits_said) - there
 
 
 def _state(state: str, why: str) -> QueueState:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract import rundir
+from launcher.manifest import folders
 
 TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
 class Job:
-    folder: Path  # the run directory
+    folders: list[Path]  # of the runs, done one after another
     id: str  # as people and scancel say it: 12_3
     node: int
     nodes: int
@@ -28,7 +29,7 @@ class Job:
         if said := os.environ.get("SLURM_JOB_END_TIME"):
             return float(said)
         left = _ask("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L")
-        return time.time() + seconds if (seconds := _seconds(left)) is not None else None
+        return time.time() + rest if (rest := seconds(left)) is not None else None
 
     def requeue(self) -> None:
         """Start this job again later. Slurm may have done so already, and then refuses."""
@@ -49,8 +50,7 @@ def this_job(manifest: Path) -> Job:
     """From the environment of a job, and what was submitted. Raises RunDirError."""
     env = os.environ
     try:
-        runs = rundir.read_json(manifest)["runs"]
-        folder = manifest.resolve().parents[2] / runs[env["SLURM_ARRAY_TASK_ID"]]["dir"]
+        mine = folders(manifest, env["SLURM_ARRAY_TASK_ID"])
         number = int(env["SLURM_JOB_ID"])
         name = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     except KeyError as error:
@@ -63,7 +63,7 @@ def this_job(manifest: Path) -> Job:
         if not hosts:
             raise rundir.RunDirError(f"{name}: scontrol does not say which nodes these are")
         address = f"{hosts[0]}:{12000 + number % 8000}"
-    return Job(folder, name, int(env.get("SLURM_NODEID", "0")), nodes, attempt, address)
+    return Job(mine, name, int(env.get("SLURM_NODEID", "0")), nodes, attempt, address)
 
 
 def _ask(*words: str) -> str:
@@ -77,7 +77,7 @@ def _ask(*words: str) -> str:
     return done.stdout.strip()
 
 
-def _seconds(left: str) -> float | None:
+def seconds(left: str) -> float | None:
     """Slurm's 1-02:03:04, 02:03:04 or 03:04."""
     days, dash, rest = left.rpartition("-")
     try:

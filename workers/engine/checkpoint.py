@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import time
 import uuid
 import zipfile
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from contract.rundir import Journal, sync_folder
+from contract.rundir import SAVED, Journal, sync_folder, write_json
 
 from . import distributed
 
@@ -42,6 +44,7 @@ class Checkpoint:
         """Raises CheckpointError (disk full, ...) and then leaves the older files as they were."""
         if distributed.rank():
             return
+        began = time.monotonic()
         state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"step": step, "offset": self.journal.sync() if self.journal else 0}
         partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}")
@@ -63,6 +66,9 @@ class Checkpoint:
                 f"{self.path}: cannot save step {step} ({_reason(error)}); the checkpoint before it is untouched: "
                 f"make room, then retry"
             ) from error
+        # Whoever watches the clock leaves as much time before the limit.
+        with contextlib.suppress(OSError):
+            write_json(self.path.with_name(SAVED), {"seconds": round(time.monotonic() - began, 3)}, sync=False)
 
     def restore(self) -> int:
         """The step to go on from; 0 where there is no checkpoint. Raises CheckpointError where none can be read."""
