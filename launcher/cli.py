@@ -110,6 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not words:
         print(START, end="")
         sys.exit(0)
+    if any(word.startswith(("hydra/", "hydra.")) for word in words):
+        from launcher import through_hydra
+
+        through_hydra.main(words)
+        return
     bare = "=" not in words[0] and not words[0].startswith(("-", "~", "+"))
     verb = words.pop(0) if bare else None
     if verb is not None and verb not in VERBS:

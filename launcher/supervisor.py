@@ -37,6 +37,7 @@ FINISHED, FAILED, NOT_ALLOWED, AGAIN = 0, 1, 4, 75
 """Exit codes. AGAIN: stopped, or busy elsewhere: a scheduler may start it again. NOT_ALLOWED: somebody said no."""
 
 POLL_S = 0.2
+IN_JOB = frozenset({"SLURM_JOB_ID", "LSB_JOBID"})  # what a queue's jobs, and a launch within one, have in common
 TIMES_TO_SAVE = 3.0  # how many times what the last checkpoint took is kept for the one at the time limit
 
 
@@ -45,7 +46,7 @@ class Supervisor:
         self.folder, self.parent, self.job = folder, parent, job
         self.node = job.node if job else 0
         # A scheduler signals all processes of a job, also of a launch that a person started within one.
-        self.in_queue = job is not None or bool({"SLURM_JOB_ID", "LSB_JOBID"} & os.environ.keys())
+        self.in_queue = job is not None or bool(IN_JOB & os.environ.keys())
         self.ends = float("inf")  # when the time limit comes
         self.margin = 0.0  # how long before that we leave
         self.heard: set[int] = set()

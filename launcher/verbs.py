@@ -17,7 +17,7 @@ import yaml
 
 from contract import rundir
 from contract.settings.checks import SettingsError
-from launcher import CONFIGS, NotFound, Refused, Unavailable, backends, capsule, mirror, queues, rundirs, show
+from launcher import CONFIGS, NotFound, Refused, backends, capsule, mirror, queues, rundirs, show
 from launcher.plan import Plan, Queued, Run, absolute, check_data
 from launcher.rundirs import Found, Submission
 
@@ -85,7 +85,7 @@ def _start(found: Plan, args: argparse.Namespace) -> int:
         schedulers = {r.settings.env.scheduler for r in found.todo(getattr(args, "stale", False))} - {"local"}
         if schedulers and not args.dry_run:
             for each in schedulers:
-                backends.load(each)  # before anything is written
+                backends.load(each).ready()  # before anything is written
             turn.enter_context(queues.turn(found.output_dir))
             found = queues.looked_again(found)
         return _start_in_turn(found, args)
@@ -132,13 +132,7 @@ def _submission(
     if len(schedulers) > 1:
         raise SettingsError(f"env.scheduler={','.join(sorted(schedulers))}: one launch goes to one scheduler")
     scheduler = schedulers.pop()
-    try:
-        backend = backends.load(scheduler)
-    except Unavailable:
-        if not dry:
-            raise
-        print(f"# {scheduler}: its script is not built yet; this is what the jobs would run", file=sys.stderr)
-        backend = backends.load("local")
+    backend = backends.load(scheduler)
     slots = 1
     if scheduler == "local":
         from launcher.backends import local

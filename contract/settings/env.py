@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from contract.settings.checks import SettingsError, at_least
+from contract.settings.checks import SettingsError, above, at_least
 
 
 @dataclass(kw_only=True)
@@ -38,16 +38,26 @@ class Env:
     max_submit: int | None = None  # jobs of yours that the site takes at once; null: as its accounting says
     max_requeue: int = 5  # attempts in a row without a new step; then it gives up
     setup: list[str] = field(default_factory=list)  # shell lines before the run
-    container: str | None = None  # image for pyxis
+    gpu_model: str | None = None
+    container: str | None = None  # image
+    container_by: Literal["pyxis", "apptainer"] = "pyxis"  # on Slurm; on LSF it is docker
     mounts: list[str] = field(default_factory=list)  # FROM:TO, for the container
+    shm_gb: float | None = None  # the docker container's shared memory, which loader processes need
+    network: str | None = None  # the docker container's network, ipc and entrypoint
+    ipc: str | None = None
+    entrypoint: str | None = None
+    job_group: str | None = None  # LSF's -g
     python: str | None = None  # the interpreter on the nodes; null: this one
     vars: dict[str, str] = field(default_factory=dict)  # environment variables of the job
-    extra: dict[str, Any] = field(default_factory=dict)  # options of the scheduler by name, true for a flag
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # options of the scheduler by name; true: a flag, null: not even ours
 
     def __post_init__(self) -> None:
         at_least(self, 0, "ngpu", "workers")
         at_least(self, 1, "nproc", "nodes", "threads", "max_parallel", "grace_s")
         at_least(self, 1, "cpus", "mem_gb", "timeout_min", "max_submit")
+        above(self, 0, "shm_gb")
         at_least(self, 0, "signal_s", "max_requeue")
         self._check_texts()
         asked = {name for name in ("slurm", "lsf") if getattr(self, name)}
@@ -65,9 +75,13 @@ class Env:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise SettingsError(f"env.vars.{name}: no name of an environment variable")
         for name in self.extra:
-            if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+            if not re.fullmatch(r"[A-Za-z][\w-]*", name):
                 raise SettingsError(f"env.extra.{name}: no name of an option; without the dashes in front")
-        texts = {**vars(self), **{f"extra.{k}": v for k, v in self.extra.items()}}
+        texts = {
+            **vars(self),
+            **{f"{group}.{k}": v for group in ("extra", "vars") for k, v in vars(self)[group].items()},
+        }
+        texts |= {f"{group}.{i}": v for group in ("setup", "mounts") for i, v in enumerate(vars(self)[group])}
         for name, value in texts.items():
             if isinstance(value, str) and not value.isprintable():
                 raise SettingsError(f"env.{name}={value!r}: has a control character")

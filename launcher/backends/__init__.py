@@ -25,6 +25,9 @@ class Report(Protocol):
 
 
 class Backend(Protocol):
+    def ready(self) -> None:
+        """Raises Unavailable where nothing can be submitted from here; asked before anything is written."""
+
     def render(self, submission: Submission) -> str:
         """The script, for a person to read or to send by hand."""
 

@@ -19,7 +19,7 @@ from contract import rundir
 from launcher.backends import Report
 from launcher.plan import Queued, Run, visible_gpus
 from launcher.rundirs import Submission
-from launcher.supervisor import AGAIN, FINISHED, POLL_S, command
+from launcher.supervisor import AGAIN, FINISHED, IN_JOB, POLL_S, command
 
 INTERRUPTED = 130
 
@@ -36,6 +36,9 @@ def slots(runs: Sequence[Run]) -> int:
 
 
 class Backend:
+    def ready(self) -> None:
+        """Always."""
+
     def render(self, submission: Submission) -> str:
         lines = [
             "#!/bin/sh",
@@ -87,7 +90,9 @@ class _Session:
         self.interrupts = self.passed_on = 0
 
     def run(self) -> int:
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        if IN_JOB & os.environ.keys():
+            signals.append(signal.SIGUSR2)  # a queue's warning, to this launch within its job
         before = [signal.signal(number, self._interrupt) for number in signals]
         try:
             while self.waiting or self.active or self.elsewhere:

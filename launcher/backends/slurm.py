@@ -11,6 +11,7 @@ import getpass
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,17 +29,32 @@ from launcher.backends.slurm_node import seconds as _seconds
 from launcher.manifest import elements
 from launcher.plan import Queued, QueueState, Run
 from launcher.rundirs import Submission
-from launcher.supervisor import command
+from launcher.supervisor import AGAIN, command
 
 TIMEOUT_S = 60
 SETTLE_S = 3.0  # after which the sbatch of a launcher that was killed has been heard, or never will be
 SUBMITTED = "submitted.json"
 # What an enclosing job says of itself is wrong in the jobs that it submits.
 ENCLOSING = re.compile(r"SLURM_(?!CONF$)|SLURMD_|SRUN_|PMIX?_|SIGHTLINE_ATTEMPT$|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_")
+# Slurm's commands are not in a container: what the supervisor would ask them is told, what it would have done is done.
+OUTSIDE = [
+    'export SIGHTLINE_FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+    'ends=$(squeue -h -j "$SLURM_JOB_ID" -o %e)',
+    'export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date +%s -d "$ends" 2>/dev/null)}',
+]
+AFTER = f"""
+code=$?
+[ "$code" -ne {AGAIN} ] || scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+exit "$code"
+"""
 LOST = re.compile(r"timed out|unable to contact|connect failure|communication|zero bytes", re.IGNORECASE)
 
 
 class Backend:
+    def ready(self) -> None:
+        if shutil.which("sbatch") is None:
+            raise Unavailable("sbatch: no such program; is this a login node of the cluster?")
+
     def render(self, submission: Submission) -> str:
         made = arrays.of(submission, longest=_max_array_size())
         files = {array.name: f"the job of {number}.sbatch" for number, array in enumerate(made)}
@@ -112,23 +128,24 @@ def script(array: Array, number: int, submission: Submission, cap: int | None) -
         "requeue": True,
         "kill-on-invalid-dep": "yes",
         **({"reservation": env.reservation} if env.reservation else {}),
-        **{name.replace("_", "-"): value for name, value in env.extra.items()},
+        **{name.replace("_", "-"): value for name, value in env.extra.items() if value is not None},
     }
+    unwanted = tuple(f"#SBATCH --{name.replace('_', '-')}" for name, value in env.extra.items() if value is None)
     srun = [f"--cpus-per-task={env.cpus_per_node}", "--open-mode=append"]
     if env.nodes > 1:
         srun.append("--kill-on-bad-exit=1")
-    if env.container:
-        mounts = [*env.mounts, f"{submission.output_dir}:{submission.output_dir}"]
-        srun += [f"--container-image={env.container}", f"--container-mounts={','.join(mounts)}"]
     capsule = shlex.quote(str(submission.capsule))
-    supervisor = [
-        env.python or sys.executable,
-        "-m",
-        "launcher.supervisor",
-        "--manifest",
-        str(folder / f"{number}.json"),
-    ]
-    return str(
+    supervisor = [env.python or sys.executable, "-m", "launcher.supervisor", "--manifest", f"{folder}/{number}.json"]
+    outside, after = [], ""
+    if env.container:
+        mounts = ",".join([*env.mounts, f"{submission.output_dir}:{submission.output_dir}"])
+        if env.container_by == "pyxis":
+            srun += [f"--container-image={env.container}", f"--container-mounts={mounts}"]
+        else:
+            gpus = ["--nv"] if env.ngpu else []
+            supervisor = ["apptainer", "exec", *gpus, "--bind", mounts, env.container, *supervisor]
+        outside, after = OUTSIDE, AFTER
+    text = str(
         _make_sbatch_string(
             command=shlex.join(supervisor),
             folder=folder / "logs",
@@ -144,13 +161,14 @@ def script(array: Array, number: int, submission: Submission, cap: int | None) -
             nodes=env.nodes,
             ntasks_per_node=1,
             cpus_per_task=env.cpus_per_node,
-            gpus_per_node=env.ngpu or None,
+            gpus_per_node=f"{env.gpu_model}:{env.ngpu}" if env.gpu_model and env.ngpu else env.ngpu or None,  # type: ignore[arg-type]
             mem=_convert_mem(env.mem_gb) if env.mem_gb else None,
             signal_delay_s=env.signal_s,
             wckey=None,  # type: ignore[arg-type]
             map_count=len(array.runs),
             stderr_to_stdout=True,
             setup=[
+                *outside,
                 *env.setup,
                 *(f"export {name}={shlex.quote(value)}" for name, value in env.vars.items()),
                 f"# the supervisor of each node starts, for the first of these runs: {what}",
@@ -161,6 +179,8 @@ def script(array: Array, number: int, submission: Submission, cap: int | None) -
             srun_args=srun,
         )
     )
+    lines = [line for line in text.splitlines() if line.partition("=")[0] not in unwanted]
+    return "\n".join(lines) + "\n" + after
 
 
 # -- calling Slurm ----------------------------------------------------------------------------------------------------

@@ -59,10 +59,10 @@ def this_job(manifest: Path) -> Job:
     attempt = f"slurm-{number}-{env.get('SLURM_RESTART_COUNT', '0')}"
     address = None
     if nodes > 1:
-        hosts = _ask("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]).split()
-        if not hosts:
+        first = env.get("SIGHTLINE_FIRST_NODE") or _ask("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"])
+        if not first:
             raise rundir.RunDirError(f"{name}: scontrol does not say which nodes these are")
-        address = f"{hosts[0]}:{12000 + number % 8000}"
+        address = f"{first.split()[0]}:{12000 + number % 8000}"
     return Job(mine, name, int(env.get("SLURM_NODEID", "0")), nodes, attempt, address)
 
 

@@ -20,8 +20,6 @@ SCRIPTS = ROOT / "cluster_scripts"
 STAGE = SCRIPTS / "stage_data.sh"
 NAMES = ["plain", "two words", "it's", 'say "hi"', "-t", "a:b", "semi;colon", "$(touch pwned)", "*", "new\nline", "ünï"]
 
-pytestmark = pytest.mark.slow  # minutes of a real cluster: make test-all
-
 
 @pytest.mark.parametrize("name", ["interactive.sh", "stage_data.sh", "job.sbatch"])
 def test_shell_scripts_are_clean(name):

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # minutes of a real cluster: make test-all
-
 SCRIPTS = Path(__file__).resolve().parents[2] / "cluster_scripts"
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -157,3 +158,21 @@ def test_a_damaged_directory_is_refused_in_one_line(ready, name, text):
     assert supervisor.returncode == 1
     assert name in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_in_a_queue_it_leaves_in_time_for_what_a_checkpoint_costs(ready):
+    manifest = ready.out / "submissions" / "x" / "0.json"
+    manifest.parent.mkdir(parents=True)
+    place = f"main_lmim/{ready.folder.name}"
+    rundir.write_json(manifest, {"scheduler": "slurm", "runs": {"3": [{"identity": "x", "dir": place}]}})
+    rundir.write_json(ready.folder / rundir.SAVED, {"seconds": 7})
+    configure(ready.folder, signal_s=1)
+    began = time.time()
+    job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "3"}
+    env = ready.environ(**SLOW, **job, SLURM_JOB_END_TIME=str(int(began) + 25), PATH="/nowhere")
+    command = [sys.executable, "-m", "launcher.supervisor", "--manifest", str(manifest)]
+    done = subprocess.run(command, cwd=ready.root, env=env, text=True, capture_output=True, timeout=30, check=False)
+    assert done.returncode == 75
+    assert time.time() - began < 15  # of 25, less three times 7
+    assert ready.causes(ready.folder) == ["stopped"]
+    assert "scontrol" in done.stderr  # it asked to be queued again; there is no queue here

@@ -105,7 +105,7 @@ def test_interpolations_are_resolved_after_the_patches():
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ({}, "worker: missing; choose one of worker=main_knn"),
+        ({}, "worker: missing; choose one of worker="),
         ({"worker": "main_lmin"}, "worker=main_lmin: unknown; did you mean main_lmim?"),
         ({"worker": "main_lmim", "data": "nets"}, "data=nets: unknown; valid: "),
         ({"worker": "main_lmim", "epochs.x": 1}, "epochs.x=1: epochs is a value"),

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,10 +13,8 @@ import pytest
 import yaml
 
 from contract import rundir
+from tests.house import ROOT
 
-pytestmark = pytest.mark.slow  # minutes of a real cluster: make test-all
-
-ROOT = Path(__file__).resolve().parents[2]
 CPU = "env.ngpu=0"
 SLOW = {"FAKE_STEP_S": "0.2"}
 
@@ -32,11 +31,11 @@ def test_the_published_way_to_submit(house):
 
 
 def test_an_array_with_a_cap_is_one_submission_and_a_dry_run_shows_its_script(house, cluster):
-    words = ["worker=main_lmim", "env=slurm", CPU, "seed=range(10)", "env.max_parallel=3", "epochs=2"]
+    words = ["worker=main_lmim", "env=slurm", CPU, "seed=range(50)", "env.max_parallel=12"]
     script = house.run(*words, "-n").stdout
-    assert "#SBATCH --array=0-9%3" in script
+    assert "#SBATCH --array=0-49%12" in script
     assert not house.out.exists()
-    house.run(*words, **SLOW)
+    house.run(*words)
     (sent,) = house.out.glob("submissions/*/*.sbatch")
     assert [w for w in sent.read_text().split() if "submissions" not in w and "main_lmim-" not in w] == [
         w for w in script.split() if "submissions" not in w and "main_lmim-" not in w
@@ -44,8 +43,8 @@ def test_an_array_with_a_cap_is_one_submission_and_a_dry_run_shows_its_script(ho
     at_once = 0
     while not house.all("finished"):
         at_once = max(at_once, sum("RUNNING" in line for line in cluster.queue()))
-        time.sleep(0.1)
-    assert 1 < at_once <= 3
+        time.sleep(0.2)
+    assert 1 < at_once <= 12
 
 
 def test_what_is_queued_is_known_and_not_queued_again(house, cluster):
@@ -243,6 +242,160 @@ def test_a_launch_from_within_a_job(house, cluster):
     ]
     cluster.call("srun", "-w", "node2", "-c", "1", "--chdir", str(house.root), "env", "-u", "USER", *words)
     house.wait_for(lambda: house.all("finished"))
+
+
+def test_a_local_launch_within_a_job_is_saved_when_the_job_is_told_to_leave(house, cluster):
+    words = [sys.executable, "launcher.py", "worker=main_lmim", "epochs=50", "-q"]
+    job = ["sbatch", "--parsable", "-o", "/dev/null", "--chdir", str(house.root), "--wrap", f"exec {shlex.join(words)}"]
+    number = cluster.call(*job, **SLOW)
+    house.wait_for(lambda: house.runs() and house.steps(house.runs()[0]))
+    cluster.call("scancel", number)
+    house.wait_for(lambda: not cluster.queue() and house.all("stopped"))
+    assert house.causes(house.runs()[0]) == ["stopped"]
+
+
+def test_a_person_may_requeue_a_running_job(house, cluster):
+    house.run("worker=main_lmim", "env=slurm", CPU, "epochs=25", **SLOW)
+    house.wait_for(lambda: house.runs() and house.steps(house.runs()[0]))
+    cluster.call("scontrol", "requeue", cluster.queue()[0].split()[0])
+    house.wait_for(lambda: house.all("finished"))
+    assert house.causes(house.runs()[0]) == ["stopped", "finished"]
+    assert house.steps(house.runs()[0]) == [*range(1, 26)]
+
+
+def test_no_accounting_no_user_name(house, cluster, tmp_path):
+    for name in ("sbatch", "squeue", "scancel", "scontrol"):  # neither sacct nor sacctmgr
+        (tmp_path / name).symlink_to(shutil.which(name))
+    bare = {"PATH": str(tmp_path), "USER": "", "LOGNAME": ""}
+    house.run("worker=main_lmim", "env.slurm=True", CPU, "seed=0,1", "env.vars.PATH=/usr/bin:/bin", **bare)
+    house.wait_for(lambda: house.all("finished"))
+    assert house.run("status", **bare).returncode == 0
+
+
+def test_a_container_by_apptainer(house, tmp_path):
+    """The image is not real: what stands in for apptainer runs the command, where Slurm's own commands are missing."""
+    inside = tmp_path / "apptainer"
+    inside.write_text(
+        '#!/bin/bash\nset -eu\n[ "$1 $2" = "exec --bind" ]\n[ "$4" = lab.sif ]\nshift 4\nPATH=/nowhere exec "$@"\n'
+    )
+    inside.chmod(0o755)
+    words = ["env.container=lab.sif", "env.container_by=apptainer", f"env.setup=['export PATH={tmp_path}:$PATH']"]
+    limit = ["env.timeout_min=1", "env.signal_s=56"]
+    house.run("worker=main_lmim", "env=slurm", CPU, "epochs=30", *words, *limit, **SLOW)
+    house.wait_for(lambda: house.all("finished"))
+    assert house.causes(house.runs()[0])[0] == "stopped"  # by its own clock, and queued again from outside
+    assert house.steps(house.runs()[0]) == [*range(1, 31)]
+
+
+def test_a_run_root_that_cannot_be_written(house, cluster):
+    house.out.mkdir()
+    words = [sys.executable, "launcher.py", "worker=main_lmim", "env.slurm=True", CPU]
+    mounted = f"mount -t tmpfs -o ro none {shlex.quote(str(house.out))} && exec {shlex.join(words)}"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mounted], cwd=house.root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("Read-only file system")
+    assert cluster.queue() == []
+
+
+STEPS = """
+import atexit, os, sys
+at, steps = int(os.environ.get("DIE_AT", "-1")), 0
+done = ("os.rename", "os.mkdir", "os.symlink", "os.link", "os.remove", "os.rmdir", "os.utime", "subprocess.Popen")
+
+def step(event, words):
+    global steps
+    if event in done or (event == "open" and isinstance(words[2], int) and words[2] & (os.O_WRONLY | os.O_RDWR)):
+        if at == steps:
+            os.kill(os.getpid(), 9)
+        steps += 1
+
+def tell():
+    with open(os.environ["COUNT"], "w") as file:
+        file.write(str(steps))
+
+if os.environ.pop("HERE", None):  # the launcher, not what it calls
+    sys.addaudithook(step)
+    atexit.register(tell)
+"""
+
+
+def test_killed_at_any_step_of_a_submission_and_said_again_every_run_is_queued_once(house, cluster, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(STEPS)
+    words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=0,1", "then=[main_knn]", "env.extra.hold=true", "-q"]
+
+    def launch(**more: str) -> subprocess.Popen:
+        env = {**house.environ(), "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "HERE": "1"}
+        env |= {"COUNT": str(tmp_path / "steps"), **more}
+        return subprocess.Popen([sys.executable, "launcher.py", *words], cwd=house.root, env=env)
+
+    assert launch().wait() == 0
+    steps = int((tmp_path / "steps").read_text())
+    assert steps > 20
+    for at in sorted({*range(0, steps, max(1, steps // 9)), *range(steps - 4, steps)}):
+        cluster.empty()
+        house.wait_for(lambda: not cluster.queue())
+        shutil.rmtree(house.out)
+        launch(DIE_AT=str(at)).wait()
+        assert launch().wait() == 0
+        assert len(cluster.queue()) == 4, f"killed at step {at} of {steps}"
+        assert {state for _, _, state in house.states(code=101)} == {"queued"}
+
+
+@pytest.mark.parametrize("where", ["slurm", "local"])
+def test_hydras_own_launchers(house, cluster, where):
+    place = f"hydra.sweep.dir={house.out}/hydra"
+    house.run("-m", f"hydra/launcher=submitit_{where}", place, "worker=main_lmim", "seed=0,1", "epochs=2", CPU)
+    assert house.all("finished")
+    assert len(house.runs()) == 2
+
+
+def test_a_site_with_short_arrays_gets_more_of_them(strict_house, strict_cluster):
+    strict_house.run(
+        "worker=main_lmim", "env.slurm=True", CPU, "seed=range(12)", "then=[main_knn]", "env.extra.hold=true"
+    )
+    assert len([*strict_house.out.glob("submissions/*/*.sbatch")]) == 4
+    assert len(strict_cluster.queue()) == 24
+
+
+def test_a_site_that_takes_few_jobs_gets_jobs_that_do_several_runs(strict_house, strict_cluster):
+    strict_cluster.call("sacctmgr", "-i", "modify", "user", "root", "set", "MaxSubmitJobs=4")
+    try:
+        words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=range(5)", "then=[main_knn]"]
+        strict_house.run(*words, FAKE_FAIL="2")
+        strict_house.wait_for(lambda: not strict_cluster.queue())
+        odd = [s for s in strict_house.states(code=100) if s[2] != "finished"]
+        assert odd == [("knn", 2, "blocked"), ("lmim", 2, "failed")]
+        # One of those that share a job is taken back; the others of that job are done.
+        strict_house.run("worker=main_lmim", "env.slurm=True", CPU, "seed=range(10,18)", "env.extra.hold=true")
+        assert len(strict_cluster.queue()) == 4
+        assert (
+            "the site takes 0 more jobs"
+            in strict_house.run("worker=main_lmim", "env=slurm", CPU, "seed=30", code=3).stderr
+        )
+        strict_house.run("cancel", "seed=10")
+        assert len(strict_cluster.queue()) == 4
+        strict_cluster.call("scontrol", "release", *{line.split("_")[0] for line in strict_cluster.queue()})
+        strict_house.wait_for(lambda: not strict_cluster.queue())
+        held = [s for s in strict_house.states(code=100) if s[1] >= 10]
+        assert [s[2] for s in held] == ["cancelled"] + ["finished"] * 7
+    finally:
+        strict_cluster.call("sacctmgr", "-i", "modify", "user", "root", "set", "MaxSubmitJobs=-1")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("env.account=nowhere", "Invalid account"),
+        ("env.timeout_min=61", "env.timeout_min=61: Requested time limit is invalid"),
+    ],
+)
+def test_what_a_strict_site_refuses_is_said_in_its_words(strict_house, strict_cluster, word, said):
+    done = strict_house.run("worker=main_lmim", "env.slurm=True", CPU, word, code=3)
+    assert said in done.stderr
+    assert strict_house.runs() == []
+    assert strict_cluster.queue() == []
 
 
 REAL = ["worker=main_lmim", "data=fake", "data.size=16", "data.length=96", "grid_size=4", "num_vis=5", "batch_size=8"]

@@ -1,0 +1,141 @@
+"""A house of its own for a test: our launcher, contract and configs, with workers that take no time and no torch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from contract import rundir
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What a worker is to the launcher. The variables of a launch that begin with FAKE_ reach it.
+WORKER = """
+import json, os, sys, time
+from pathlib import Path
+import yaml
+from contract import rundir
+
+folder = Path(sys.argv[1])
+config = yaml.safe_load((folder / "config.yaml").read_text())
+assert rundir.read_json(folder / rundir.OWNER)["attempt"] == os.environ["SIGHTLINE_ATTEMPT"]
+steps, rank = config.get("epochs", 1), os.environ.get("RANK", "0")
+checkpoint = folder / "checkpoint.pt"
+step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+print("threads", os.environ["OMP_NUM_THREADS"], "rank", rank, flush=True)
+print("devices", os.environ.get("CUDA_VISIBLE_DEVICES"), "VERSION 1", flush=True)
+if os.environ.get("FAKE_FAIL") == str(config["seed"]) and not (folder / "mended").exists():
+    raise ValueError(f"seed {config['seed']} is unlucky")
+while step < steps:
+    time.sleep(float(os.environ.get("FAKE_STEP_S", "0")))
+    if not os.environ.get("FAKE_STUCK"):
+        step += 1
+        if rank == "0":
+            with (folder / "metrics.jsonl").open("a") as file:
+                line = {"step": step, "of": steps, "time": time.time(), "train/loss": 1 / step}
+                file.write(json.dumps(line) + "\\n")
+            checkpoint.write_text(str(step))
+    asked = (folder / f"stop.{os.environ['SIGHTLINE_ATTEMPT']}").exists()
+    if asked and not os.environ.get("FAKE_DEAF"):
+        sys.exit(0)
+if rank == "0":
+    (folder / "encoder.pt").write_text(str(config["seed"]))
+    rundir.write_json(folder / "done.json", {"metrics": {"knn/top1": 0.5}})
+"""
+INGEST = "import sys\nfrom pathlib import Path\nPath(sys.argv[2], 'ingested').write_text(' '.join(sys.argv))\n"
+
+
+@dataclass
+class House:
+    root: Path
+    out: Path
+
+    def environ(self, **more: str) -> dict[str, str]:
+        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
+        return {**clean, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", **more}
+
+    def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(self.root / "launcher.py"), *words],
+            cwd=self.root,
+            env=self.environ(**more),
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, *words: str, code: int | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+        """``code``: the exit code that it must have."""
+        process = self.start(*words, **more)
+        out, err = process.communicate(timeout=60)
+        assert code in (None, process.returncode), err
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def runs(self) -> list[Path]:
+        return sorted(p.parent for p in self.out.glob("*/*/run.json"))
+
+    def all(self, state: str) -> bool:
+        """All runs, with all that is written about them."""
+        over = state == "running" or not any(self.out.glob(f"*/*/{rundir.OWNER}"))
+        return bool(self.runs()) and over and all(rundir.state(folder) == state for folder in self.runs())
+
+    def attempts(self, folder: Path) -> list[dict[str, object]]:
+        return [json.loads(line) for line in (folder / "attempts.0.jsonl").read_text().splitlines()]
+
+    @staticmethod
+    def steps(folder: Path) -> list[int]:
+        return [line["step"] for line in rundir.read_journal(folder / rundir.METRICS)[0]]
+
+    @staticmethod
+    def causes(folder: Path) -> list[str]:
+        return [r["cause"] for r in rundir.attempts(folder) if r["event"] == "end"]
+
+    def states(self, **more: str) -> list[tuple[str, int, str]]:
+        """(stage, seed, state) of every run, as the launcher says it."""
+        lines = [json.loads(line) for line in self.run("status", "--json", **more).stdout.splitlines()]
+        return sorted((line["stage"], line["seed"], line["state"]) for line in lines)
+
+    def said(self) -> str:
+        """Everything there is to read when a test failed."""
+        files = [*self.out.glob("submissions/*/logs/*"), *self.out.glob("*/*/log.txt"), *self.out.glob("*/*/attempts*")]
+        return "\n".join(f"-- {path.relative_to(self.out)}\n{path.read_text()}" for path in files)
+
+    def wait_for(self, condition: Callable[[], object], timeout: float = 40) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end, f"waited in vain\n{self.said()}"
+            time.sleep(0.05)
+
+    def processes(self) -> list[str]:
+        """Command lines of all that still runs for this house."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().decode(errors="replace").replace("\0", " ")
+            except OSError:
+                continue
+            if str(self.out) in words:
+                found.append(words)
+        return found
+
+
+def build(root: Path) -> House:
+    root.mkdir()
+    for name in ("launcher", "contract", "configs"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("launcher.py", "setup.cfg"):
+        shutil.copy(ROOT / name, root)
+    for package in ("workers", "analysis"):
+        (root / package).mkdir()
+        (root / package / "__init__.py").touch()
+    for name in ("main_lmim", "main_knn", "main_linprobe"):
+        (root / "workers" / f"{name}.py").write_text(WORKER)
+    (root / "analysis" / "ingest.py").write_text(INGEST)
+    (root / "analysis" / "tables.py").write_text("import sys\nprint(*sys.argv[1:])\nsys.exit(7)\n")
+    return House(root, root / "runs")
