@@ -70,23 +70,32 @@ def curves(table: tables.Table, metrics: Sequence[str] = METRICS) -> Figure | No
         return None
     figure = Figure(figsize=(4.2 * len(panels), 3.2 + 0.2 * math.ceil(len(table.rows) / 4)))
     for axes, (stage, metric) in zip(_axes(figure, 1, len(panels)), panels, strict=True):
-        panel = points[(points["stage"] == stage) & (points["metric"] == metric)]
-        for i, row in enumerate(table.rows):
-            over = panel[panel["row"] == row].groupby("step")["value"].agg(["mean", "std", "count"])
-            if over.empty:
-                continue
-            marker = "o" if len(over) == 1 else ""
-            axes.plot(over.index, over["mean"], DASHES[i % 4], color=COLOURS[i % 7], label=row, marker=marker)
-            band = over[over["count"] > 1]
-            low, high = band["mean"] - band["std"], band["mean"] + band["std"]
-            axes.fill_between(band.index, low, high, color=COLOURS[i % 7], alpha=0.2, linewidth=0)
+        bands(axes, points[(points["stage"] == stage) & (points["metric"] == metric)], table.rows)
         axes.set(xlabel="step", ylabel=metric, title=stage)
-    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
-    named = [row for row in table.rows if row in lines]
-    figure.legend([lines[row] for row in named], named, loc="outside lower center", ncols=min(4, len(named)))
+    legend(figure, table.rows)
     seeds = f"{len(table.seeds)} seeds" if len(table.seeds) > 1 else "1 seed"
     figure.suptitle(f"{table.title}: mean and standard deviation over {seeds}", fontsize=9)
     return figure
+
+
+def bands(axes: Axes, points: pd.DataFrame, rows: Sequence[str], marked: bool = False) -> None:
+    """For each row the mean of its values at every step, and a band of the standard deviation."""
+    for i, row in enumerate(rows):
+        over = points[points["row"] == row].groupby("step")["value"].agg(["mean", "std", "count"])
+        if over.empty:
+            continue
+        marker = MARKERS[i % 7] if marked else "o" if len(over) == 1 else ""
+        axes.plot(over.index, over["mean"], DASHES[i % 4], color=COLOURS[i % 7], label=row, marker=marker, markersize=4)
+        band = over[over["count"] > 1]
+        low, high = band["mean"] - band["std"], band["mean"] + band["std"]
+        axes.fill_between(band.index, low, high, color=COLOURS[i % 7], alpha=0.2, linewidth=0)
+
+
+def legend(figure: Figure, rows: Sequence[str]) -> None:
+    """One for all panels, below them."""
+    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
+    named = [row for row in rows if row in lines]
+    figure.legend([lines[row] for row in named], named, loc="outside lower center", ncols=min(4, len(named)))
 
 
 def dots(table: tables.Table) -> Figure | None:

@@ -1,5 +1,6 @@
 """From a command to what Slurm has accepted: 1,000 runs, and 1,000 runs of four stages; a sample through
-hydra-submitit-launcher, and a loop of sbatch, scaled. Needs a Slurm whose queue you may fill with held jobs; all of them are cancelled again:
+hydra-submitit-launcher, and a loop of sbatch, scaled. Needs a Slurm whose queue you may fill with held jobs; all of
+them are cancelled again:
 
     cluster_scripts/slurm_box start /tmp/box; eval "$(cluster_scripts/slurm_box env /tmp/box)"
     python benchmarks/slurm.py
@@ -49,7 +50,8 @@ def ours(folder: Path) -> float:
         size = sum(p.stat().st_size for p in runs)
         print(f"written                           {size / 2**20:7.2f} MB in {len(runs) / (RUNS + 1):.2f} files per run")
         before = len([*folder.glob("submissions/*/*.sbatch")])
-        stages = launcher(*words, f"seed=range(1000,{1000 + RUNS})", "then=[main_knn,main_linprobe,main_attention_stats]")
+        more = "then=[main_knn,main_linprobe,main_attention_stats]"
+        stages = launcher(*words, f"seed=range(1000,{1000 + RUNS})", more)
         arrays = len([*folder.glob("submissions/*/*.sbatch")]) - before
         print(f"{RUNS} runs of 4 stages             {stages:7.2f} s  in {arrays} submissions")
     finally:
@@ -73,7 +75,8 @@ def hydra(folder: Path, ours: float) -> None:
     reached = folder / "reached"
     (folder / "sbatch").write_text(f"#!/bin/sh\ntouch {reached}\nexit 1\n")
     (folder / "sbatch").chmod(0o755)
-    words = [sys.executable, "app.py", "-m", "hydra/launcher=submitit_slurm", "worker=main_lmim", f"seed=range({SAMPLE})"]
+    words = [sys.executable, "app.py", "-m", "hydra/launcher=submitit_slurm", "worker=main_lmim"]
+    words.append(f"seed=range({SAMPLE})")
     env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
     began = time.time()
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 START = """\
 sightline: from a config to a cell of a paper table.
@@ -67,6 +68,8 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
     if verb in (None, "fill", "retry"):
         flag("-n", "--dry-run", action="store_true", help="print what would be done; write nothing")
         flag("-q", "--quiet", action="store_true", help="errors only")
+    if verb in (None, "fill", "retry"):
+        flag("--prepare", type=Path, help=argparse.SUPPRESS)  # said by scripts that -n printed and a person sent
     if verb in (None, "plan", "fill", "status"):
         flag("--json", action="store_true", help="one JSON object per run and line")
     if verb in (None, "fill"):

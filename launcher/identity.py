@@ -16,7 +16,7 @@ from contract import rundir
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
 
-ENCODERS = "a run directory, an identity (or its beginning) under output_dir, an encoder.pt file, or SOURCE:NAME"
+ENCODERS = "a run directory, an identity (or its beginning) under output_dir, a file of weights, timm:NAME[@FILE]"
 
 
 def digest(value: Any) -> str:
@@ -41,33 +41,49 @@ def takes_encoder(worker: str) -> bool:
     return any(f.name == "encoder" and f.type in ("str", str) for f in fields(contract.settings.of(worker)))
 
 
-def find_encoder(named: str, output_dir: Path) -> Input:
-    """Raises SettingsError, naming what is accepted."""
+def find_encoder(named: str, output_dir: Path, key: str = "encoder") -> Input:
+    """What the setting ``key`` names. Raises SettingsError, naming what is accepted."""
     path = Path(named).expanduser()
     try:
         if (path / rundir.RUN).is_file():
-            return _run_input(path.resolve())
+            return _run_input(path.resolve(), key, output_dir)
         if path.is_file():
             content = _content(path.resolve(), path.stat().st_mtime_ns)
             return Input(path=str(path.resolve()), identity=f"file:{content}", group=f"file:{content}")
     except OSError as error:  # a name too long for a file, a folder that may not be entered
-        raise SettingsError(f"encoder={named}: {error.strerror}; expected {ENCODERS}") from None
+        raise SettingsError(f"{key}={named}: {error.strerror}; expected {ENCODERS}") from None
     if re.fullmatch("[0-9a-f]{4,12}", named):
         match sorted(output_dir.glob(f"*/{named}*/{rundir.RUN}")):
             case [found]:
-                return _run_input(found.parent.resolve())
+                return _run_input(found.parent.resolve(), key, output_dir)
             case [_, _, *_] as several:
-                raise SettingsError(f"encoder={named}: several runs: {', '.join(p.parent.name for p in several)}")
-    if ":" in named and not named.startswith((".", "/")):
+                raise SettingsError(f"{key}={named}: several runs: {', '.join(p.parent.name for p in several)}")
+    if named.startswith("timm:"):
+        return _timm_input(named, key)
+    raise SettingsError(f"{key}={named}: not found; expected {ENCODERS}")
+
+
+def _timm_input(named: str, key: str) -> Input:
+    """A network of timm's, with the weights of its name or with those of a file, which are known by their content."""
+    name, at, file = named.partition("@")
+    if name == "timm:":
+        raise SettingsError(f"{key}={named}: no name; expected {ENCODERS}")
+    if not at:
         return Input(path=named, identity=named, group=named)
-    raise SettingsError(f"encoder={named}: not found; expected {ENCODERS}")
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise SettingsError(f"{key}={named}: no file {path}; expected {ENCODERS}")
+    known = f"{name}@file:{_content(path, path.stat().st_mtime_ns)}"
+    return Input(path=f"{name}@{path}", identity=known, group=known)
 
 
-def _run_input(folder: Path) -> Input:
+def _run_input(folder: Path, key: str, output_dir: Path) -> Input:
     run = rundir.read_run(folder)
     if not (folder / rundir.DONE).exists():
-        raise SettingsError(f"encoder={folder}: not finished; finish that run first, or launch both with then=[...]")
-    return Input(path=str(folder), identity=run["identity"], group=run["group"], parents=(run["identity"],))
+        raise SettingsError(f"{key}={folder}: not finished; finish that run first, or launch both with then=[...]")
+    here = folder.parent.parent == output_dir.resolve()  # elsewhere it is a file like any other: nobody waits for it
+    parents = (run["identity"],) if here else ()
+    return Input(path=str(folder), identity=run["identity"], group=run["group"], parents=parents)
 
 
 @functools.cache

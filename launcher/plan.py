@@ -19,7 +19,7 @@ from contract.settings.checks import SettingsError
 from contract.settings.data import EMBEDDED
 from contract.settings.env import Env
 from launcher import closure
-from launcher.identity import Input, digest, fingerprint
+from launcher.identity import Input, digest, find_encoder, fingerprint
 
 State = Literal["reuse", "stale", "running", "queued", "new", "stopped", "failed", "cancelled"]
 STATES: tuple[State, ...] = ("reuse", "stale", "running", "queued", "new", "stopped", "failed", "cancelled")
@@ -161,12 +161,14 @@ class Plan:
 def build(settings: Settings, source: Input | None, stage: str, explicit: frozenset[str] = frozenset()) -> Run:
     """The run of settings that are complete: which identity, and what there is of it."""
     science = {**settings.science(), "fingerprint": fingerprint(settings)}
-    if source is not None:
-        science["encoder"] = source.identity
+    read = {"encoder": source} if source else {}
+    if named := getattr(settings, "oracle", None):  # a second encoder, which is there already
+        read["oracle"] = find_encoder(named, Path(settings.output_dir), "oracle")
+        setattr(settings, "oracle", read["oracle"].path)  # noqa: B010  # not all settings have one
+    science |= {key: each.identity for key, each in read.items()}
     identity = digest(science)
     del science["seed"]
-    if source is not None:
-        science["encoder"] = source.group
+    science |= {key: each.group for key, each in read.items()}
     folder = rundir.run_dir(Path(settings.output_dir), settings.worker, identity)
     code = closure.code(settings.worker, _texts(science))
     state, changed = look(folder, code)
@@ -176,7 +178,7 @@ def build(settings: Settings, source: Input | None, stage: str, explicit: frozen
         stage=stage,
         settings=settings,
         folder=folder,
-        parents=source.parents if source else (),
+        parents=tuple(dict.fromkeys(parent for each in read.values() for parent in each.parents)),
         code=code,
         state=state,
         changed=tuple(changed),

@@ -74,12 +74,21 @@ def _go_on(run: Run) -> None:
 
 
 def _science(settings: Settings) -> dict[str, Any]:
-    return {k: v for k, v in settings.science().items() if k != "encoder"}  # the path of a run, which may move
+    return {k: v for k, v in settings.science().items() if k not in ("encoder", "oracle")}  # paths, which may move
 
 
 def to_yaml(settings: Settings) -> str:
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    return str(yaml.dump(contract.settings.plain(settings), Dumper=dumper, sort_keys=False, allow_unicode=True))
+    return "".join(_entry(key, repr(value), value) for key, value in contract.settings.plain(settings).items())
+
+
+_entries: dict[tuple[str, str], str] = {}  # the runs of a sweep have nearly all entries in common
+
+
+def _entry(key: str, what: str, value: Any) -> str:
+    if (key, what) not in _entries:
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        _entries[key, what] = str(yaml.dump({key: value}, Dumper=dumper, sort_keys=False, allow_unicode=True))
+    return _entries[key, what]
 
 
 def set_aside(run: Run) -> None:

@@ -31,7 +31,10 @@ from contract.settings.checks import SettingsError
 from launcher.processes import kill_tree
 
 if TYPE_CHECKING:
-    from launcher.backends.slurm_node import Job
+    from launcher.backends.lsf_node import Job as LsfJob
+    from launcher.backends.slurm_node import Job as SlurmJob
+
+    Job = SlurmJob | LsfJob
 
 FINISHED, FAILED, NOT_ALLOWED, AGAIN = 0, 1, 4, 75
 """Exit codes. AGAIN: stopped, or busy elsewhere: a scheduler may start it again. NOT_ALLOWED: somebody said no."""
@@ -56,8 +59,9 @@ class Supervisor:
 
     def _hear(self, number: int, _frame: object) -> None:
         self.heard.add(number)
-        # One wish to have us leave arrives as USR2, TERM and TERM in a queue; a second Ctrl-C is a second wish.
-        self.asked = max(self.asked, 1) if self.in_queue and number != signal.SIGINT else self.asked + 1
+        # One wish to have us leave arrives as USR2, INT, TERM and TERM in a queue; a second Ctrl-C is a second wish.
+        once = self.job or (self.in_queue and number != signal.SIGINT)
+        self.asked = max(self.asked, 1) if once else self.asked + 1
 
     def run(self) -> int:
         """One attempt, from the claim to the end record. Gives the exit code."""
@@ -90,8 +94,9 @@ class Supervisor:
 
     def queue_again(self, code: int) -> bool:
         """Is it for us to ask the queue for another attempt? Not where it stops us for good or does so itself, which
-        both come as TERM."""
-        return self.node == 0 and code == AGAIN and (self._near_the_end() or signal.SIGTERM not in self.heard)
+        come as TERM (Slurm) or INT (LSF)."""
+        ended = {signal.SIGTERM, signal.SIGINT} & self.heard
+        return self.node == 0 and code == AGAIN and (self._near_the_end() or not ended)
 
     def _near_the_end(self) -> bool:
         return time.time() > self.ends - self.margin
@@ -280,6 +285,7 @@ def read_settings(folder: Path) -> Settings:
 def in_turn(job: Job) -> int:
     """The runs of a job, one after another; what fails does not keep the others from their turn."""
     codes = []
+    others = job.start_others()
     for folder in job.folders:
         if len(job.folders) > 1 and rundir.ended_in(folder, job.id):  # before the job was queued again
             codes.append(FAILED)
@@ -288,12 +294,23 @@ def in_turn(job: Job) -> int:
         code = supervisor.run()
         if supervisor.asked and folder != job.folders[-1]:
             code = AGAIN  # for those that follow
-        if supervisor.queue_again(code):
-            job.requeue()
         if code == AGAIN:
-            return AGAIN
+            return job.again(supervisor.queue_again(code), code)
         codes.append(code)
+    for each in others:
+        each.wait()
     return FINISHED if FINISHED in codes else codes[0]
+
+
+def _job(manifest: Path) -> Job:
+    scheduler = rundir.read_json(manifest).get("scheduler")
+    if scheduler == "lsf":
+        from launcher.backends import lsf_node
+
+        return lsf_node.this_job(manifest)
+    from launcher.backends import slurm_node
+
+    return slurm_node.this_job(manifest)
 
 
 def main() -> None:
@@ -306,9 +323,7 @@ def main() -> None:
         parser.error("say a RUN_DIR, or --manifest FILE within a job")
     try:
         if args.manifest:
-            from launcher.backends.slurm_node import this_job
-
-            sys.exit(in_turn(this_job(args.manifest)))
+            sys.exit(in_turn(_job(args.manifest)))
         sys.exit(Supervisor(args.folder.resolve(), args.parent).run())
     except (rundir.RunDirError, OSError) as error:
         print(error, file=sys.stderr)

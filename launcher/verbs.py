@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -84,16 +85,25 @@ def _start(found: Plan, args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as turn:
         schedulers = {r.settings.env.scheduler for r in found.todo(getattr(args, "stale", False))} - {"local"}
         if schedulers and not args.dry_run:
-            for each in schedulers:
+            for each in schedulers if not _prepared(args) else ():
                 backends.load(each).ready()  # before anything is written
             turn.enter_context(queues.turn(found.output_dir))
             found = queues.looked_again(found)
         return _start_in_turn(found, args)
 
 
+def _prepared(args: argparse.Namespace) -> Path | None:
+    """The folder of a script that ``-n`` printed and a person sent: its jobs make the run directories themselves."""
+    folder: Path | None = getattr(args, "prepare", None)
+    return folder
+
+
 def _start_in_turn(found: Plan, args: argparse.Namespace) -> int:
     dry, out = args.dry_run, show.console(args.no_color, stderr=True)
-    queue = queues.asked(found.output_dir, clean=not dry)
+    prepared = _prepared(args)
+    if prepared and (prepared / "0.json").exists():
+        return 0
+    queue = {} if prepared else queues.asked(found.output_dir, clean=not dry)
     found = queues.told(found, queue)
     todo = found.todo(getattr(args, "stale", False))
     if getattr(args, "json", False):
@@ -108,7 +118,10 @@ def _start_in_turn(found: Plan, args: argparse.Namespace) -> int:
         if not args.quiet:
             out.print("nothing to do")
         return 0
-    submission, backend, code = _submission(found, todo, queue, dry)
+    submission, backend, code = _submission(found, todo, queue)
+    if prepared:
+        shutil.rmtree(prepared, ignore_errors=True)  # of a job that was killed over it
+        submission = dataclasses.replace(submission, folder=prepared)
     if dry:
         if not getattr(args, "json", False):
             print(backend.render(submission), end="")
@@ -116,6 +129,9 @@ def _start_in_turn(found: Plan, args: argparse.Namespace) -> int:
     submission.capsule.parent.mkdir(parents=True, exist_ok=True)
     code.store(found.output_dir)
     rundirs.write(submission, found, code.commit())
+    if prepared:
+        backend.prepare(submission)
+        return 0
     if todo[0].settings.env.scheduler != "local":
         return queues.send(submission, backend, show.Watch(len(todo), args.no_color, args.quiet))
     with mirror.following(found.output_dir, args.quiet), show.Watch(len(todo), args.no_color, args.quiet) as watch:
@@ -126,7 +142,7 @@ def _start_in_turn(found: Plan, args: argparse.Namespace) -> int:
 
 
 def _submission(
-    found: Plan, todo: Sequence[Run], queue: Mapping[str, Queued], dry: bool
+    found: Plan, todo: Sequence[Run], queue: Mapping[str, Queued]
 ) -> tuple[Submission, backends.Backend, capsule.Capsule]:
     schedulers = {r.settings.env.scheduler for r in todo}
     if len(schedulers) > 1:

@@ -31,11 +31,14 @@ NOT_SCIENCE = frozenset(
         # where and how it runs
         "env", "data.check", "data.download", "data.cache", "data.worker_affinity", "data.fingerprint",
         # what is written down on the way
-        "log_every", "checkpoint_minutes", "checkpoint_epochs",
+        "log_every", "checkpoint_minutes", "checkpoint_epochs", "cache_gb",
     }
 )  # fmt: skip
 """The keys, dotted, that cannot change a result. Everything else is science: it makes the identity of a run.
 ``batch_size`` and ``accum_iter`` are folded into the effective batch, see ``Training.science``."""
+
+NOT_WORKERS = frozenset({"__init__", "checks", "data", "env", "features", "views", "resnet"})
+"""The files beside this one that are no worker's settings."""
 
 
 @dataclass(kw_only=True)
@@ -144,7 +147,7 @@ class Training(Settings):
 def workers() -> list[str]:
     """The names that ``worker=`` takes."""
     folder = Path(__file__).parent
-    return sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "checks", "data", "env"))
+    return sorted(p.stem for p in folder.glob("*.py") if p.stem not in NOT_WORKERS)
 
 
 @functools.cache

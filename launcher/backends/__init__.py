@@ -31,6 +31,9 @@ class Backend(Protocol):
     def render(self, submission: Submission) -> str:
         """The script, for a person to read or to send by hand."""
 
+    def prepare(self, submission: Submission) -> object:
+        """Write down what is about to be sent."""
+
     def submit(self, submission: Submission, report: Report) -> int:
         """Start what is on the disk. Gives the exit code of the launch."""
 

@@ -57,6 +57,9 @@ class Backend:
             lines.append(shlex.join(supervise(run.folder)))
         return "\n".join(lines) + "\n"
 
+    def prepare(self, submission: Submission) -> None:
+        """Nothing but the run directories."""
+
     def submit(self, submission: Submission, report: Report) -> int:
         return _Session(submission, report).run()
 

@@ -1,7 +1,8 @@
 """LSF, where jobs run in docker: runs of equal resources are one array, sent as ``bsub < script``.
 
 Every element starts ``launcher.supervisor --manifest``. It takes the place of the shell, so that its exit code is the
-job's: 75 has LSF queue the element again (``-Q 75``).
+job's: 75 has LSF queue the element again (``-Q 75``). What is queued is found by the arrays' names, which are written
+down before ``bsub`` is called. The truth about a run is its directory; LSF is asked only whether it is still there.
 """
 
 from __future__ import annotations
@@ -9,29 +10,39 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from contract import rundir
 from contract.settings.checks import SettingsError
 from contract.settings.env import Env
-from launcher import Unavailable, arrays
+from launcher import ROOT, NotQueued, Unavailable, arrays
 from launcher.arrays import Array
-from launcher.backends import Report
-from launcher.plan import Queued
+from launcher.backends import Report, intents, lsf_calls
+from launcher.manifest import elements
+from launcher.plan import Queued, QueueState
 from launcher.rundirs import Submission
 from launcher.supervisor import AGAIN, command
 
 LONGEST = 1000  # elements of an array; a site may allow fewer, seldom more
 NAME = 255  # characters of an array's name with its elements
+DRY = ("-n", "--dry-run")
+SUBMITTED, ENDED = "submitted.json", "ended.json"
+WAITS = frozenset({"PEND", "WAIT", "PROV", "PSUSP"})
+LIVES = frozenset({"RUN", "USUSP", "SSUSP", "UNKWN", "ZOMBI"})  # suspended, or its host unreachable: not over
+OVER = frozenset({"DONE", "EXIT"})
 
 
 class Backend:
     def ready(self) -> None:
-        raise Unavailable("env.scheduler=lsf: submission is not built yet; -n prints the scripts")
+        if shutil.which("bsub") is None:
+            raise Unavailable("bsub: no such program; is this a host of the LSF cluster?")
 
     def render(self, submission: Submission) -> str:
-        made = arrays.of(submission, longest=LONGEST, room=submission.runs[0].settings.env.max_submit, start=1)
+        made = _arrays(submission)
         files = {array.name: f"ID-OF-{number}.bsub" for number, array in enumerate(made)}
         texts = []
         for number, array in enumerate(made):
@@ -40,17 +51,128 @@ class Backend:
             if docker := docker_environment(array.env, submission.output_dir):
                 words = " ".join(f"{name}={shlex.quote(value)}" for name, value in docker.items())
                 notes.append(f"# bsub reads these from its own environment: export {words}")
-            texts.append(script(array, number, submission, arrays.cap(array, made), after, notes))
+            said = [word for word in sys.argv[1:] if word not in DRY]
+            python, launcher = array.env.python or sys.executable, str(ROOT / "launcher.py")
+            prepare = shlex.join([python, launcher, *said, "--prepare", str(submission.folder)])
+            first = [
+                "# As this was not sent by the launcher, the first element makes the run directories.",
+                f"(cd {shlex.quote(str(Path.cwd()))} && {prepare}) || exit 1",
+            ]
+            texts.append(script(array, number, submission, arrays.cap(array, made), after, notes, first))
         return "\n".join(texts)
 
+    def prepare(self, submission: Submission) -> list[Array]:
+        """Write down what is about to be sent."""
+        made = _arrays(submission)
+        (submission.folder / "logs").mkdir()
+        for number, array in reversed([*enumerate(made)]):  # 0.json says that all are there
+            intent = {
+                "scheduler": "lsf",
+                "name": array.name,
+                "minutes": array.env.timeout_min,
+                "runs": array.elements(),
+            }
+            rundir.write_json(submission.folder / f"{number}.json", intent)
+        return made
+
     def submit(self, submission: Submission, report: Report) -> int:
-        raise NotImplementedError
+        """Returns when LSF has accepted. Raises NotQueued with LSF's own words, or Unavailable if it was lost."""
+        folder, made = submission.folder, self.prepare(submission)
+        ids: dict[str, int] = {}
+        for number, array in enumerate(made):
+            path, docker = folder / f"{number}.bsub", docker_environment(array.env, submission.output_dir)
+            after = str(ids.get(array.after, array.after)) if array.after else None
+            rundir.write_atomic(path, script(array, number, submission, arrays.cap(array, made), after))
+            try:
+                ids[array.name] = lsf_calls.submit(path, array.name, docker)
+            except NotQueued:
+                for late in range(number, len(made)):
+                    (folder / f"{late}.json").unlink()
+                    (folder / f"{late}.bsub").unlink(missing_ok=True)
+                raise
+            rundir.write_json(folder / SUBMITTED, ids)
+            report.queued(array.count, array.first.stage, str(ids[array.name]))
+        return 0
 
     def query(self, output_dir: Path) -> dict[str, Queued]:
-        return {}
+        """One call for all arrays that were not over when last looked at; ``bhist`` only for what ``bjobs`` forgot."""
+        sent = [(path, i, _number(path, i)) for path, i in intents(output_dir) if i["scheduler"] == "lsf"]
+        open_jobs = {job: (path, elements(i)) for path, i, job in sent if job is not None}
+        for job, (path, _) in list(open_jobs.items()):
+            if job in _ended(path.parent):
+                del open_jobs[job]
+        if not open_jobs:
+            return {}
+        wanted = {job: [int(n) for n in runs] for job, (_, runs) in open_jobs.items()}
+        known, silent = lsf_calls.rows(wanted)
+        found: dict[str, Queued] = {}
+        for job, (path, runs) in open_jobs.items():
+            over = True
+            for number, mine in runs.items():
+                element = (job, int(number))
+                row = known.get(element)
+                if row is None and element in silent and not _is_over(output_dir, mine, element):
+                    row = lsf_calls.Row("UNKWN", "LSF does not say what became of it")
+                if row is None or row.state in OVER:
+                    continue
+                over = False
+                for run in mine:
+                    if len(mine) == 1 or not rundir.ended_in(output_dir / run["dir"], _name(element)):
+                        found[run["identity"]] = Queued(
+                            "lsf", str(job), element[1], _name(element), _state(row), row.why, len(mine) > 1
+                        )
+            if over:
+                rundir.write_json(path.parent / ENDED, {"jobs": sorted({*_ended(path.parent), job})})
+        return found
 
     def cancel(self, jobs: Sequence[str]) -> None:
-        """Nothing waits in a queue."""
+        """An element that is being started may not hear of it; it finds the mark at its run."""
+        by_array: dict[str, list[int]] = {}
+        for job in jobs:
+            array, _, index = job.rstrip("]").partition("[")
+            by_array.setdefault(array, []).append(int(index))
+        lsf_calls.kill([f"{array}[{arrays.ranges(sorted(them))}]" for array, them in by_array.items()])
+
+
+def _arrays(submission: Submission) -> list[Array]:
+    return arrays.of(submission, longest=LONGEST, room=submission.runs[0].settings.env.max_submit, start=1)
+
+
+def _number(path: Path, intent: Mapping[str, Any]) -> int | None:
+    """The array's number: as written down, or as LSF says where the launcher was killed before it could be."""
+    place = path.parent / SUBMITTED
+    ids = rundir.read_json(place) if place.exists() else {}
+    name = str(intent["name"])
+    if name not in ids:
+        jobs = lsf_calls.named(name)
+        if not jobs:
+            return None
+        ids[name] = lsf_calls.keep_oldest(jobs)
+        rundir.write_json(place, ids)
+    return int(ids[name])
+
+
+def _ended(folder: Path) -> list[int]:
+    place = folder / ENDED
+    return list(rundir.read_json(place)["jobs"]) if place.exists() else []
+
+
+def _is_over(output_dir: Path, runs: Iterable[Mapping[str, str]], element: lsf_calls.Element) -> bool:
+    folders = [output_dir / run["dir"] for run in runs]
+    if all((f / rundir.DONE).exists() or rundir.ended_in(f, _name(element)) for f in folders):
+        return True
+    return bool(lsf_calls.remembered(element))
+
+
+def _name(element: lsf_calls.Element) -> str:
+    return f"{element[0]}[{element[1]}]"
+
+
+def _state(row: lsf_calls.Row) -> QueueState:
+    if row.state in WAITS:
+        never = re.search("never satisfied|invalid", row.why, re.IGNORECASE)
+        return "blocked" if never and "ependency" in row.why else "queued"
+    return "leaving" if row.state == "ZOMBI" else "running"
 
 
 def script(
@@ -60,6 +182,7 @@ def script(
     cap: int | None,
     after: str | None = None,
     notes: Sequence[str] = (),
+    first_of_all: Sequence[str] = (),
 ) -> str:
     """What ``bsub`` reads from its standard input. One option a line, as values may hold either kind of quotes."""
     env, folder, first = array.env, submission.folder, array.first
@@ -103,6 +226,7 @@ def script(
             "",
             *env.setup,
             *(f"export {name}={shlex.quote(value)}" for name, value in env.vars.items()),
+            *first_of_all,
             f"# the supervisor starts, for the first of these runs: {what}",
             f"cd {capsule} || exit 1",
             f"export PYTHONPATH={capsule}${{PYTHONPATH:+:$PYTHONPATH}}",

@@ -7,6 +7,7 @@ doubled whenever this process dies. Every element starts ``launcher.supervisor -
 from __future__ import annotations
 
 import ctypes
+import functools
 import getpass
 import os
 import re
@@ -67,15 +68,7 @@ class Backend:
 
     def submit(self, submission: Submission, report: Report) -> int:
         """Returns when Slurm has accepted. Raises NotQueued with Slurm's own words, or Unavailable if it was lost."""
-        _check_limits(submission.runs)
-        made = arrays.of(submission, longest=_max_array_size(), room=_room(submission.runs[0].settings.env))
-        folder = submission.folder
-        (folder / "logs").mkdir()
-        for number, array in enumerate(made):
-            text = script(array, number, submission, arrays.cap(array, made))
-            rundir.write_atomic(folder / f"{number}.sbatch", text)
-            intent = {"scheduler": "slurm", "name": array.name, "runs": array.elements()}
-            rundir.write_json(folder / f"{number}.json", intent)
+        folder, made = submission.folder, self.prepare(submission)
         ids: dict[str, str] = {}
         for number, array in enumerate(made):
             after = ids.get(array.after, array.after) if array.after else None
@@ -90,8 +83,20 @@ class Backend:
             report.queued(array.count, array.first.stage, ids[array.name])
         return 0
 
+    def prepare(self, submission: Submission) -> list[Array]:
+        _check_limits(submission.runs)
+        made = arrays.of(submission, longest=_max_array_size(), room=_room(submission.runs[0].settings.env))
+        folder = submission.folder
+        (folder / "logs").mkdir()
+        for number, array in enumerate(made):
+            text = script(array, number, submission, arrays.cap(array, made))
+            rundir.write_atomic(folder / f"{number}.sbatch", text)
+            intent = {"scheduler": "slurm", "name": array.name, "runs": array.elements()}
+            rundir.write_json(folder / f"{number}.json", intent)
+        return made
+
     def query(self, output_dir: Path) -> dict[str, Queued]:
-        written = intents(output_dir)
+        written = [(path, intent) for path, intent in intents(output_dir) if intent["scheduler"] == "slurm"]
         if not written:
             return {}
         unknown = [path.stat().st_mtime for path, _ in written if not (path.parent / SUBMITTED).exists()]
@@ -236,13 +241,19 @@ def _call(*words: str) -> str:
     return done.stdout
 
 
+@functools.cache
+def _config() -> dict[str, str]:
+    """The site's settings; none where Slurm does not answer: a script can be looked at anywhere."""
+    try:
+        said = _call("scontrol", "show", "config")
+    except NotQueued:
+        return {}
+    return dict(re.findall(r"^(\w+)\s*= (.*?)\s*$", said, re.MULTILINE))
+
+
 def _max_array_size() -> int:
     """How many elements an array may have; their numbers are below it."""
-    try:
-        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _call("scontrol", "show", "config"), re.MULTILINE)
-    except NotQueued:  # a script can be looked at anywhere
-        found = None
-    return int(found[1]) if found else 1000
+    return int(_config().get("MaxArraySize", 1000))
 
 
 def _check_limits(runs: Sequence[Run]) -> None:
@@ -268,6 +279,8 @@ def _check_limits(runs: Sequence[Run]) -> None:
 
 def _room(env: Env) -> int | None:
     """How many more jobs the site takes of this user, as far as it says; None: no limit."""
+    if "limits" not in _config().get("AccountingStorageEnforce", "") and env.max_submit is None:
+        return None
     try:
         user = getpass.getuser()
         mine = _call(

@@ -31,9 +31,15 @@ class Job:
         left = _ask("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L")
         return time.time() + rest if (rest := seconds(left)) is not None else None
 
-    def requeue(self) -> None:
-        """Start this job again later. Slurm may have done so already, and then refuses."""
-        _ask("scontrol", "requeue", self.id)
+    def start_others(self) -> list[subprocess.Popen[bytes]]:
+        """srun has started a supervisor on every node."""
+        return []
+
+    def again(self, wanted: bool, code: int) -> int:
+        """The exit code, after asking for another start. Slurm may have done so already, and then refuses."""
+        if wanted:
+            _ask("scontrol", "requeue", self.id)
+        return code
 
     def torchrun(self) -> list[str]:
         """What torchrun must know to find the other nodes."""

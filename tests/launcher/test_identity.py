@@ -118,11 +118,15 @@ def test_an_encoder_is_known_by_the_run_that_made_it_or_by_its_content(tmp_path)
     a, b, c = (knn(tmp_path / name) for name in ("a.pt", "b.pt", "c.pt"))
     assert a.identity == b.identity != c.identity
     assert knn("timm:vit_small").settings.encoder == "timm:vit_small"
+    a, b, c = (knn(f"timm:vit_small@{tmp_path / name}") for name in ("a.pt", "b.pt", "c.pt"))
+    assert a.identity == b.identity != c.identity
+    assert a.identity not in {knn(tmp_path / "a.pt").identity, knn(f"timm:vit_base@{tmp_path / 'a.pt'}").identity}
+    assert a.settings.encoder == f"timm:vit_small@{tmp_path / 'a.pt'}"
 
 
 def test_an_encoder_that_is_not_there_is_refused_with_what_is_accepted(tmp_path):
     out = f"output_dir={tmp_path}"
-    for encoder in ("nowhere", "abcdef", "x" * 300):
+    for encoder in ("nowhere", "abcdef", "x" * 300, "'hub:vit'", "'timm:'", "'timm:vit_small@nowhere'"):
         with pytest.raises(SettingsError, match="expected a run directory, an identity"):
             launches.of_launch(sweep.points(["worker=main_knn", out, f"encoder={encoder}"]))
     with pytest.raises(SettingsError, match="encoder: missing; expected a run directory"):
@@ -131,3 +135,22 @@ def test_an_encoder_that_is_not_there_is_refused_with_what_is_accepted(tmp_path)
     rundirs.prepare(run, tmp_path / "capsules" / "x", None, None)
     with pytest.raises(SettingsError, match=r"not finished; .* then=\[\.\.\.\]"):
         launches.of_launch(sweep.points(["worker=main_knn", out, f"encoder={run.identity}"]))
+
+
+def test_a_second_encoder_is_known_by_its_content(tmp_path):
+    weights = tmp_path / "oracle.pt"
+    words = [f"output_dir='{tmp_path}'", f"encoder='{weights}'", "features=dino", f"oracle='{weights}'"]
+
+    def identity() -> str:
+        (run,) = launches.of_launch(sweep.points(["worker=main_knn", *words])).runs
+        assert run.settings.oracle == str(weights)
+        return run.identity
+
+    weights.write_bytes(b"one")
+    first = identity()
+    words[2:] = [f"oracle='{tmp_path}/other.pt'", "features=dino"]
+    (tmp_path / "other.pt").write_bytes(b"two")
+    weights = tmp_path / "other.pt"
+    assert identity() != first
+    weights.write_bytes(b"one")
+    assert identity() == first

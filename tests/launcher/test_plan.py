@@ -91,7 +91,7 @@ def test_stages_are_addressed_by_worker_and_other_keys_reach_the_first_only(out)
     ("words", "said"),
     [
         (["main_knn.k=[1]"], "main_knn is no stage of this launch; add then=[main_knn]"),
-        (["then=[main_lmim]"], "main_knn, main_linprobe"),
+        (["then=[main_lmim]"], "main_linprobe"),
         (["epochz=1"], "epochz: unknown key; did you mean epochs?"),
         (["env.gpu=1"], "env.gpu: unknown key; did you mean env.ngpu?"),
         (["tau=high"], "tau=high: expected a number"),

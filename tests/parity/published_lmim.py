@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from contract.settings.main_lmim import Settings
 from workers import models
+from workers.interop.lmim import our_name, ours
 from workers.main_lmim import Draws, LatentMIM
 from workers.models.cross_decoder import CrossDecoder
 from workers.models.vit import ViT
@@ -42,29 +42,8 @@ def module(config: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype,
     )
     names = ("num_vis", "patch_gap", "mlp_dim", "mlp_depth", "mask_target", "loss", "tau", "avg_sim_coeff")
     method = LatentMIM(encoder, decoder, **{name: c[name] for name in names}).to(dtype)
-    method.load_state_dict(ours(state, c["patch_size"]))
+    method.load_state_dict(ours(state))
     return method
-
-
-def ours(state: dict[str, Tensor], patch: int) -> dict[str, Tensor]:
-    """Their state dict under our names and shapes."""
-    out = {}
-    for name, value in state.items():
-        if name.endswith("embed.proj.weight"):
-            value = value.unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
-        if name.endswith("pos_embeds"):
-            value = value[None]
-        out[our_name(name)] = value
-    return out
-
-
-def our_name(name: str) -> str:
-    name = re.sub(r"encoder\.embed\.", "encoder.patch_embed.", name).replace("pos_embed.pos_embeds", "pos_embed")
-    layer = re.search(r"encoder\.head\.(linear|norm)(\d+)", name)
-    if layer:  # a projector's layers are numbered linear 0, norm 1, GELU 2, linear 3, ...
-        number = 3 * int(layer[2]) + (layer[1] == "norm")
-        name = name.replace(layer[0], f"projector.{number}")
-    return name
 
 
 def named(method: LatentMIM, names: Iterable[str]) -> list[torch.nn.Parameter]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 OWN = Path(__file__).parents[1] / "golden"
@@ -28,9 +29,12 @@ def cases(pattern: str) -> Any:
 
 
 def arrays(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All arrays of a .npz file, the floating ones as ``dtype`` (None: as stored)."""
-    with np.load(path, allow_pickle=False) as stored:
-        found = {name: torch.from_numpy(np.asarray(stored[name])) for name in stored.files}
+    """All arrays of a .npz or .safetensors file, the floating ones as ``dtype`` (None: as stored)."""
+    if path.suffix == ".safetensors":
+        found = load_file(path)
+    else:
+        with np.load(path, allow_pickle=False) as stored:
+            found = {name: torch.from_numpy(np.asarray(stored[name])) for name in stored.files}
     return {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in found.items()}
 
 
@@ -44,3 +48,8 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float, what: str = 
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
     assert error <= relative * max(size, 1e-6), f"{what}: off by {error:.3g} where values reach {size:.3g}"
+
+
+def part(found: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What is stored below ``prefix``, such as ``sd.``, without it."""
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}

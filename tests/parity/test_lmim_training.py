@@ -68,7 +68,7 @@ def test_training_ends_with_the_published_weights(path: Path) -> None:
     for kind in ("online", "target"):
         final = arrays(path.with_name(f"{path.stem}_final_{kind}.npz"))
         assert final
-        for name, value in published.ours(final, method.encoder.patch_size).items():
+        for name, value in published.ours(final).items():
             assert_close(weights[name], value, 1e-7, name)
     norms = torch.stack([p.detach().norm() for p in published.named(method, facts(path)["all_param_names"])])
     torch.testing.assert_close(norms, arrays(path.with_suffix(".npz"))["final_param_l2"], rtol=1e-7, atol=1e-9)

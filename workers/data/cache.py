@@ -40,6 +40,9 @@ class Shrunk:
 
     def __init__(self, pictures: Pictures, side: int | None):
         self.pictures, self.side, self.classes = pictures, side, pictures.classes
+        for known in ("labels", "name_of"):
+            if hasattr(pictures, known):
+                setattr(self, known, getattr(pictures, known))
 
     @property
     def listed(self) -> bytes:
@@ -58,6 +61,7 @@ class Decoded:
 
     def __init__(self, folder: Path, files: Files):
         self.folder, self.files, self.classes = folder, files, files.classes
+        self.labels, self.name_of = files.labels, files.name_of
         try:
             self.index: NDArray[np.int64] = np.load(folder / INDEX)
             total = int(self.index.prod(1, where=[False, True, True]).sum()) * 3

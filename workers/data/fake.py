@@ -15,6 +15,7 @@ class Fake:
     def __init__(self, length: int, size: int, classes: int, offset: int):
         self.length, self.size, self.offset = length, size, offset
         self.classes = [f"class {c}" for c in range(classes)]
+        self.labels = torch.arange(length) % classes
 
     def __len__(self) -> int:
         return self.length

@@ -30,9 +30,13 @@ class Files:
     def listed(self) -> bytes:
         return self.names + self.labels.tobytes()
 
-    def path(self, index: int) -> Path:
+    def name_of(self, index: int) -> bytes:
+        """What tells a picture from the others, wherever the folder lies."""
         start = self.ends[index - 1] + 1 if index else 0
-        return self.root / os.fsdecode(self.names[start : self.ends[index]])
+        return self.names[start : self.ends[index]]
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.name_of(index))
 
     def __len__(self) -> int:
         return len(self.labels)

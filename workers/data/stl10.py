@@ -27,6 +27,7 @@ class Stl10:
     def __init__(self, parts: list[tuple[Mapped, NDArray[np.int64]]]):
         self.parts, self.classes = parts, list(CLASSES)
         self.starts = np.cumsum([0, *(len(labels) for _, labels in parts)])
+        self.labels = np.concatenate([labels for _, labels in parts])
 
     @property
     def listed(self) -> bytes:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,30 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+class _Total(torch.autograd.Function):
+    """``total``, through which gradients flow: every rank's loss depends on every rank's values."""
+
+    @staticmethod
+    def forward(_: Any, values: Tensor) -> Tensor:
+        return total(values)
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> Tensor:
+        return total(grads[0].contiguous())
+
+
+def total_with_gradient(values: Tensor) -> Tensor:
+    out: Tensor = _Total.apply(values)
+    return out
+
+
+def agree(tensors: Iterable[Tensor]) -> None:
+    """Overwrite them, on every rank, by those of rank 0."""
+    if dist.is_initialized():
+        for each in tensors:
+            dist.broadcast(each, src=0)
+
+
 def exchange(numbers: Sequence[int]) -> list[list[int]]:
     """Every rank's integers, on every rank: (world, len(numbers))."""
     if not dist.is_initialized():
@@ -113,6 +137,15 @@ def gather(values: Tensor) -> Tensor:
     everyone = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(everyone, padded)
     return torch.cat([each[:n] for each, n in zip(everyone, lengths, strict=True)])
+
+
+def gather_equal(values: Tensor) -> Tensor:
+    """``gather`` where every rank has as many rows, (n, ...) -> (world n, ...); no sizes go round, nothing waits."""
+    if not dist.is_initialized():
+        return values
+    everyone = values.new_empty((world_size() * len(values), *values.shape[1:]))
+    dist.all_gather_into_tensor(everyone, values.contiguous())
+    return everyone
 
 
 def from_first(value: Any) -> Any:

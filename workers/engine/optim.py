@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +28,39 @@ def adamw(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
+def sgd(groups: list[dict[str, Any]], *, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD with momentum, all parameters in one fused kernel."""
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+
+
+def falling(
+    t: float,
+    *,
+    epochs: int,
+    peak: float,
+    warmup_epochs: float = 0.0,
+    milestones: Sequence[int] | None = None,
+    whole_epochs: bool = False,
+) -> float:
+    """After a linear warm-up a tenth from each epoch of ``milestones`` on, or, where these are None, a cosine to 0.
+
+    ``whole_epochs`` keeps the rate through an epoch at what it is at its beginning, as MoCo's programs do.
+    """
+    whole, warmup = max(epochs, 1), warmup_epochs / max(epochs, 1)
+    epoch = t * whole + 1e-9  # a step's fraction is rounded
+    if whole_epochs:
+        t = math.floor(epoch) / whole
+    if milestones is None or t < warmup:
+        return warmup_cosine(t, peak=peak, warmup=warmup)
+    return peak * 0.1 ** bisect.bisect_right(milestones, epoch)
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rates (You et al., 2017, eq. 6), as MAE's linear probe uses it.
 
     The step of a weight matrix is scaled by ``trust * |w| / |g + weight_decay * w|``; parameters of one dimension
-    (biases, norms) take plain momentum steps without decay.
+    (biases, norms) take plain momentum steps without decay. A group with ``trust=None`` is plain SGD with momentum, so
+    that both kinds can share an optimizer.
     """
 
     def __init__(
@@ -40,7 +69,7 @@ class LARS(torch.optim.Optimizer):
         lr: float = 0.0,
         weight_decay: float = 0.0,
         momentum: float = 0.9,
-        trust: float = 0.001,
+        trust: float | None = 0.001,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
 
@@ -52,8 +81,9 @@ class LARS(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 update = p.grad
-                if p.ndim > 1:
+                if p.ndim > 1 or group["trust"] is None:
                     update = update.add(p, alpha=group["weight_decay"])
+                if p.ndim > 1 and group["trust"] is not None:
                     update = update * _trust_ratio(p, update, group["trust"])
                 state = self.state[p]
                 if "momentum" not in state:

@@ -18,6 +18,7 @@ from workers.data import Pictures, Split
 from workers.data.cache import Shrunk, decoded
 from workers.data.files import Files
 from workers.data.loader import Transform, eval_loader, train_loader, unreadable
+from workers.models import Encoder
 
 from . import distributed
 
@@ -98,13 +99,15 @@ def in_order(settings: Settings, pictures: Pictures, transform: Transform, batch
     )
 
 
-def normaliser(settings: Settings) -> Callable[[Tensor], Tensor]:
-    """(B, 3, H, W) uint8, anywhere -> float on the device, normalised per channel."""
+def normaliser(settings: Settings, encoder: Encoder | None = None) -> Callable[[Tensor], Tensor]:
+    """(B, 3, H, W) uint8, anywhere -> float on the device, normalised per channel: as the encoder was trained, if it
+    says so, else as the settings say."""
     device = distributed.device()
-    scale = 1 / (255 * torch.tensor(settings.data.std, device=device)).view(3, 1, 1)
-    shift = (torch.tensor(settings.data.mean, device=device) / torch.tensor(settings.data.std, device=device)).view(
-        3, 1, 1
+    mean, std = (
+        torch.tensor(getattr(encoder, each, None) or getattr(settings.data, each), device=device)
+        for each in ("mean", "std")
     )
+    scale, shift = 1 / (255 * std).view(3, 1, 1), (mean / std).view(3, 1, 1)
 
     def prepare(images: Tensor) -> Tensor:
         return images.to(device, non_blocking=True).float().mul_(scale).sub_(shift)

@@ -29,6 +29,10 @@ class Method(nn.Module):
     encoder: Encoder
 
 
+def _adamw(groups: list[dict[str, Any]], settings: Training) -> torch.optim.Optimizer:
+    return optim.adamw(groups, lr=settings.peak_lr)
+
+
 def main(
     cls: type[S],
     *,
@@ -37,9 +41,13 @@ def main(
     eval_transform: Callable[[S], Transform],
     schedules: Callable[[S], Mapping[str, Schedule]],
     groups: Callable[[Any, S], list[dict[str, Any]]],
+    optimizer: Callable[[list[dict[str, Any]], S], torch.optim.Optimizer] = _adamw,
+    finish: Callable[[S], Callable[[Any], Tensor]] | None = None,
     draw: Callable[[Any, Tensor, Path], None] | None = None,
 ) -> None:
     """Train ``build(settings)``, whose attribute ``encoder`` is what is kept, and look at it by nearest neighbours.
+
+    ``finish(settings)`` makes, on the device, the model's batch of what ``transform`` gave; None: normalised pictures.
 
     ``draw(model, images, folder)`` may leave pictures of what was learned in ``figures/``.
     """
@@ -52,20 +60,22 @@ def main(
 
         torch.manual_seed(distributed.fold(settings.seed))  # the same weights on every rank
         method = build(settings).to(distributed.device())
-        optimizer = optim.adamw(groups(method, settings), lr=settings.peak_lr)
-        checkpoint = Checkpoint(run.folder / rundir.CHECKPOINT, run.journal, model=method, optimizer=optimizer)
+        finished_batch = prepare if finish is None else finish(settings)
+        updates = optimizer(groups(method, settings), settings)
+        checkpoint = Checkpoint(run.folder / rundir.CHECKPOINT, run.journal, model=method, optimizer=updates)
 
         def evaluate() -> dict[str, float]:
+            distributed.agree(method.encoder.buffers())  # BatchNorm's estimates are a step ahead of those saved
             return {"knn/loo1": probe.leave_one_out(*probe.features(method.encoder, val_loader, prepare))}
 
         finished = fit(
             distributed.wrap(method),
             loader,
-            optimizer,
+            updates,
             epochs=settings.epochs,
             schedules=schedules(settings),
             checkpoint=checkpoint,
-            prepare=lambda batch: prepare(batch[0]),
+            prepare=lambda batch: finished_batch(batch[0]),
             track=run.track,
             stop=run.stop,
             seed=settings.seed,

@@ -11,27 +11,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from workers.models import Encoder
+from workers.pooling.tokens import pool
 
 from . import distributed
 
 CHUNK = 1024  # queries whose similarities to the whole bank are held at a time
 
 
-def pool(tokens: Tensor, kind: str) -> Tensor:
-    """(B, 1+N, D) tokens, cls first -> (B, D): ``cls``, or ``gap``, the mean of the patch tokens."""
-    return tokens[:, 0] if kind == "cls" else tokens[:, 1:].mean(1)
-
-
-@torch.no_grad()
 def features(
     encoder: Encoder, loader: DataLoader[Any], prepare: Callable[[Tensor], Tensor], kind: str = "gap"
 ) -> tuple[Tensor, Tensor]:
-    """Features (n, D) and labels (n,) of all pictures of all ranks, in the order of the data set, on every rank.
-
-    Tokens are those of the last block, before the final norm.
-    """
+    """``encoded`` by a pooling of the last block's tokens, before the final norm: (n, D), (n,)."""
     encoder.eval()
-    found = [(pool(encoder.tokens(prepare(x)), kind).float(), y, i) for x, y, i in loader]
+    return encoded(lambda images: pool(encoder.tokens(images), kind), loader, prepare)
+
+
+@torch.no_grad()
+def encoded(
+    read: Callable[[Tensor], Tensor], loader: DataLoader[Any], prepare: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What ``read`` makes of all pictures of all ranks (n, ...), and their labels (n,), in the order of the data set.
+
+    Every rank has all of it.
+    """
+    found = [(read(prepare(x)).float(), y, i) for x, y, i in loader]
     device = distributed.device()
     columns = [torch.cat([each[c].to(device) for each in found]) for c in range(3)]
     x, y, index = (distributed.gather(column) for column in columns)
@@ -68,13 +71,30 @@ def weighted_knn(
 
     Wu et al., CVPR 2018, section 3.4; the protocol of DINO (Caron et al., ICCV 2021).
     """
+    found = knn_grid(bank, bank_labels, query, labels, k=k, temperatures=[temperature], classes=classes)
+    return {each: right for (each, _), right in found.items()}
+
+
+def knn_grid(
+    bank: Tensor,
+    bank_labels: Tensor,
+    query: Tensor,
+    labels: Tensor,
+    *,
+    k: Sequence[int],
+    temperatures: Sequence[float],
+    classes: int,
+) -> dict[tuple[int, float], float]:
+    """The same for each (k, temperature), with one search."""
     bank, query = F.normalize(bank, dim=1), F.normalize(query, dim=1)
-    correct = dict.fromkeys(k, 0)
+    correct = {(each, temperature): 0 for temperature in temperatures for each in k}
     for start in range(0, len(query), CHUNK):
         similarity, nearest = (query[start : start + CHUNK] @ bank.T).topk(min(max(k), len(bank)), dim=1)
-        weights, votes = (similarity / temperature).exp(), bank_labels[nearest]
-        for each in correct:
+        votes, truth = bank_labels[nearest], labels[start : start + CHUNK]
+        # less the largest similarity: the same vote, which cannot overflow
+        weights = {t: ((similarity - similarity[:, :1]) / t).exp() for t in temperatures}
+        for each, temperature in correct:
             score = torch.zeros(len(votes), classes, device=bank.device, dtype=bank.dtype)
-            score.scatter_add_(1, votes[:, :each], weights[:, :each])
-            correct[each] += int((score.argmax(1) == labels[start : start + CHUNK]).sum())
+            score.scatter_add_(1, votes[:, :each], weights[temperature][:, :each])
+            correct[each, temperature] += int((score.argmax(1) == truth).sum())
     return {each: n / len(query) for each, n in correct.items()}

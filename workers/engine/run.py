@@ -65,12 +65,12 @@ class Run(Generic[S]):
                 return True
         return (self.folder / rundir.STOP).exists()
 
-    def finish(self, metrics: Mapping[str, float], steps: int) -> None:
-        """The last thing a run does: its presence *is* finished."""
+    def finish(self, metrics: Mapping[str, float], steps: int, **more: Any) -> None:
+        """The last thing a run does: its presence *is* finished. ``more`` stands beside the metrics in done.json."""
         if distributed.rank() == 0:
             if self.journal is not None:
                 self.journal.sync()
-            done: dict[str, Any] = {"metrics": dict(metrics), "steps": steps, "time": round(time.time(), 3)}
+            done: dict[str, Any] = {"metrics": dict(metrics), "steps": steps, "time": round(time.time(), 3), **more}
             if torch.cuda.is_available():
                 done["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
             rundir.write_json(self.folder / rundir.DONE, done)

@@ -5,6 +5,9 @@ The names in the state dict are those of MAE and timm.
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workers.masking.patches import patchify, take
-from workers.models import Encoder
+from workers.models import Encoder, Look
 
 PRESETS: dict[str, dict[str, int]] = {
     "vit_nano": {"dim": 96, "depth": 4, "heads": 3},
@@ -36,13 +39,29 @@ def sincos(rows: int, columns: int, dim: int, kind: Positions = "lmim") -> Tenso
     """
     if dim % 4:
         raise ValueError(f"width {dim}: the position table needs a multiple of 4")
-    frequency = 10000.0 ** -(torch.arange(dim // 4) / (dim / 4))
-    v, u = torch.arange(rows).float(), torch.arange(columns).float()
+    dtype = torch.float64 if kind == "mae" else torch.float32  # as the programs of these names
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=dtype) / (dim / 4))
+    v, u = torch.arange(rows, dtype=dtype), torch.arange(columns, dtype=dtype)
     if kind == "lmim":
         v, u = v * rows / max(rows - 1, 1), u * columns / max(columns - 1, 1)
     v, u = (x.flatten()[:, None] * frequency for x in torch.meshgrid(v, u, indexing="ij"))
     table = torch.cat([u.sin(), u.cos(), v.sin(), v.cos()], dim=1)
-    return F.pad(table, (0, 0, 1, 0))[None]
+    return F.pad(table, (0, 0, 1, 0))[None].float()
+
+
+def interpolated(table: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
+    """A position table (1, prefix + N, D), N patches on a square grid, stretched to another ``grid`` of patches.
+
+    Bicubic without antialiasing, as MAE's programs do it; the first ``prefix`` rows stay as they are.
+    """
+    rows = math.isqrt(table.shape[1] - prefix)
+    if rows * rows != table.shape[1] - prefix:
+        raise ValueError(f"a position table of {table.shape[1] - prefix} patches is not one of a square grid")
+    if (rows, rows) == grid:
+        return table
+    places = table[:, prefix:].reshape(1, rows, rows, -1).permute(0, 3, 1, 2)
+    places = F.interpolate(places, grid, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :prefix], places.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def xavier(module: nn.Module) -> None:
@@ -92,10 +111,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)"""
-        q, k, v = (z.transpose(1, 2) for z in self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2))
+        q, k, v = self.split(x)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         x = self.drop(self.proj(x.transpose(1, 2).flatten(2)))
         return x
+
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits (B, H, N, N), and what ``forward`` gives in evaluation."""
+        q, k, v = self.split(x)
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return logits, self.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, H, N, D / H)."""
+        q, k, v = (z.transpose(1, 2) for z in self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2))
+        return q, k, v
 
 
 class Mlp(nn.Module):
@@ -127,9 +157,19 @@ class Block(nn.Module):
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x
 
+    def look(self, x: Tensor) -> Look:
+        """``forward`` in evaluation, and what happens on the way."""
+        logits, branch = self.attn.look(self.norm1(x))
+        middle = x + branch
+        return Look(x, logits, branch, middle + self.mlp(self.norm2(middle)))
+
 
 class ViT(Encoder):
-    """A ViT over a grid of ``grid_size`` rows and ``grid_columns`` columns (None: as many) of patches."""
+    """A ViT over a grid of ``grid_size`` rows and ``grid_columns`` columns (None: as many) of patches.
+
+    ``cls=False`` is one without a token for the whole picture (I-JEPA). ``drop_path`` is the rate of every block or,
+    with ``drop_path_linear``, that of the last, to which the rates rise from 0.
+    """
 
     pos_embed: Tensor
 
@@ -148,20 +188,24 @@ class ViT(Encoder):
         drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
+        drop_path_linear: bool = False,
+        cls: bool = True,
     ):
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim={dim}: must be a multiple of heads={heads}")
         self.width, self.patch_size, self.grid = dim, patch_size, (grid_size, grid_columns or grid_size)
-        self.image_size = grid_size * patch_size
+        self.image_size, self.depth, self.heads, self.has_cls = grid_size * patch_size, depth, heads, cls
         self.patch_embed = PatchEmbed(patch_size, dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
-        table = sincos(*self.grid, dim, pos)
+        if cls:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+        table = sincos(*self.grid, dim, pos)[:, 0 if cls else 1 :]
         if learn_pos:
             self.pos_embed = nn.Parameter(table)
         else:
             self.register_buffer("pos_embed", table)
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, drop, attn_drop, drop_path) for _ in range(depth))
+        rates = [drop_path * i / max(depth - 1, 1) if drop_path_linear else drop_path for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, drop, attn_drop, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=EPS)
         xavier(self)
 
@@ -172,23 +216,44 @@ class ViT(Encoder):
 
     def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """``tokens`` after the final norm."""
-        out: Tensor = self.norm(self.tokens(images, ids))
-        return out
+        return self.final(self.tokens(images, ids))
 
-    def tokens(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
-        """The last block's output, class token first: (B, 1 + N, D).
+    def tokens(self, images: Tensor, ids: Tensor | None = None, *, block: int | None = None) -> Tensor:
+        """The output of ``block`` (None: the last), class token or zeros first: (B, 1 + N, D).
 
         ``images`` is (B, 3, H, W), of which ``ids`` (B, N) selects patches (None: all); or it is those patches already,
         (B, N, patch*patch*3), and ``ids`` says where they are from.
         """
+        run = self.through(block)
+        x = self.embed(images, ids)
+        for each in itertools.islice(self.blocks, run):
+            x = each(x)
+        return x if self.has_cls else F.pad(x, (0, 0, 1, 0))
+
+    def final(self, tokens: Tensor) -> Tensor:
+        """The norm, (B, 1 + N, D) -> (B, 1 + N, D)."""
+        out: Tensor = self.norm(tokens)
+        return out if self.has_cls else F.pad(out[:, 1:], (0, 0, 1, 0))
+
+    def look(self, images: Tensor) -> Iterator[Look]:
+        """All blocks in order, with the logits of their attention."""
+        x = self.embed(images)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            look = block.look(x)
+            x = look.output
+            yield look
+            del look  # one block's attention at a time
+
+    def embed(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        """What enters the first block, of the arguments of ``tokens``: (B, 1 + N, D), without class token (B, N, D)."""
         if images.ndim == 4:
             images = self.patchify(images)
             images = images if ids is None else take(images, ids)
-        position = self.pos_embed[:, 1:] if ids is None else self.pos_embed[0, 1:][ids]
-        x: Tensor = self.patch_embed(images) + position
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
+        places = self.pos_embed[:, int(self.has_cls) :]
+        x: Tensor = self.patch_embed(images) + (places if ids is None else places[0][ids])
+        if self.has_cls:
+            x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
         return x
 
     def patchify(self, images: Tensor) -> Tensor:

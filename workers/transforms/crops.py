@@ -17,6 +17,8 @@ class RandomResizedCrop:
     rule). Bicubic with anti-aliasing.
     """
 
+    interpolation = InterpolationMode.BICUBIC
+
     def __init__(
         self,
         size: int,
@@ -29,7 +31,7 @@ class RandomResizedCrop:
     def __call__(self, image: Tensor) -> Tensor:
         top, left, height, width = self.box(image.shape[-2], image.shape[-1])
         size = [self.size, self.size]
-        out: Tensor = F.resized_crop(image, top, left, height, width, size, InterpolationMode.BICUBIC, antialias=True)
+        out: Tensor = F.resized_crop(image, top, left, height, width, size, self.interpolation, antialias=True)
         return out.flip(-1) if self.hflip and torch.rand(()).item() < self.hflip else out
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -47,15 +49,41 @@ class RandomResizedCrop:
         return (height - h) // 2, (width - w) // 2, h, w
 
 
+class BilinearCrop(RandomResizedCrop):
+    """SimMIM's: torchvision's default."""
+
+    interpolation = InterpolationMode.BILINEAR
+
+
+class OneShotCrop(RandomResizedCrop):
+    """MAE's own variant for linear probing: a single try, cut to the picture; so the aspect may leave ``ratio``."""
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        area = height * width * torch.empty(1).uniform_(*self.scale).item()
+        aspect = math.exp(torch.empty(1).uniform_(math.log(self.ratio[0]), math.log(self.ratio[1])).item())
+        w, h = min(width, round(math.sqrt(area * aspect))), min(height, round(math.sqrt(area / aspect)))
+        w, h = max(w, 1), max(h, 1)
+        top = int(torch.randint(0, height - h + 1, (1,)).item())
+        return top, int(torch.randint(0, width - w + 1, (1,)).item()), h, w
+
+
 class ResizeCenterCrop:
     """Resize the shorter side to ``size / crop``, cut the central ``size`` x ``size``. Bicubic with anti-aliasing."""
+
+    interpolation = InterpolationMode.BICUBIC
 
     def __init__(self, size: int, crop: float = 0.875):
         self.size, self.resize = size, int(size / crop)
 
     def __call__(self, image: Tensor) -> Tensor:
         if min(image.shape[-2:]) != self.resize:
-            image = F.resize(image, [self.resize], InterpolationMode.BICUBIC, antialias=True)
+            image = F.resize(image, [self.resize], self.interpolation, antialias=True)
         if image.shape[-2:] != (self.size, self.size):
             image = F.center_crop(image, [self.size, self.size])
         return image
+
+
+class BilinearCenterCrop(ResizeCenterCrop):
+    """torchvision's default, as MoCo's linear classification has it."""
+
+    interpolation = InterpolationMode.BILINEAR
