@@ -86,7 +86,7 @@ def submit(script: Path, name: str, more: Mapping[str, str]) -> int:
         said = (err.strip() or out.strip() or "no answer").splitlines()[-1]
         found = ACCEPTED.search(out)
         if code == 0 and found:
-            return int(found[1])
+            return keep_oldest(_seen(name)[0] or [int(found[1])])
         if code is not None and code != 0 and FINAL.search(err) and not PASSING.search(err):
             raise NotQueued(err.strip())
         # Perhaps it was accepted: only its name can tell. Nothing is sent twice before LSF said so twice.
@@ -99,14 +99,19 @@ def submit(script: Path, name: str, more: Mapping[str, str]) -> int:
     raise NotQueued(f"bsub: tried {TRIES} times; LSF says: {said}")
 
 
+def _seen(name: str) -> tuple[list[int], int | None, str]:
+    """The jobs of this name that LSF shows at once, oldest first; its exit code and errors."""
+    code, out, err = call("bjobs", "-a", "-noheader", "-o", "jobid delimiter='^'", "-J", name)
+    return sorted({int(line) for line in out.splitlines() if line.strip().isdigit()}), code, err
+
+
 def named(name: str) -> list[int]:
     """The jobs of this name, oldest first; that there are none is believed when said twice. Raises Unavailable."""
     empty = failed = 0
     while empty < 2:
-        code, out, err = call("bjobs", "-a", "-noheader", "-o", "jobid jobindex stat delimiter='^'", "-J", name)
-        lines = [line.split("^") for line in out.splitlines() if line.count("^") == 2]
-        if lines:
-            return sorted({int(line[0]) for line in lines})
+        jobs, code, err = _seen(name)
+        if jobs:
+            return jobs
         clean = code is not None and (not err.strip() or re.search(r"no .*job found|is not found", err, re.IGNORECASE))
         empty, failed = empty + bool(clean), failed + (not clean)
         if failed >= TRIES:
