@@ -103,25 +103,27 @@ def dots(table: tables.Table) -> Figure | None:
     cells = [cell for cell in table.cells.values() if any(map(math.isfinite, cell.values.values()))]
     if not cells:
         return None
-    scale = 100 if table.layout.percent else 1
     figure = Figure(figsize=(1.2 + 2.6 * len(table.columns), 1.3 + 0.4 * len(table.rows)))
     every = _axes(figure, 1, len(table.columns))
     for axes, column in zip(every, table.columns, strict=True):
+        percent = table.layout_of(column.name).percent
+        scale = 100 if percent else 1
         for i, row in enumerate(table.rows):
             cell = table.cells[row, column.name]
-            found, colour = cell.summary, COLOURS[i % 7]
+            (middle, low, high), colour = cell.shown(table.layout), COLOURS[i % 7]
             values = [scale * v for v in cell.values.values() if math.isfinite(v)]
             axes.plot(values, [i + 0.22] * len(values), ".", color=colour, alpha=0.6, markersize=4)
-            half = found.ci95 if table.layout.interval == "ci95" else found.std
-            if math.isfinite(found.mean):
-                error = scale * half if math.isfinite(half) else 0
-                axes.errorbar(scale * found.mean, i, xerr=error, fmt=MARKERS[i % 7], color=colour, capsize=3)
+            if math.isfinite(middle):
+                ends = [scale * max(0.0, end) if math.isfinite(end) else 0.0 for end in (middle - low, high - middle)]
+                axes.errorbar(
+                    scale * middle, i, xerr=[[ends[0]], [ends[1]]], fmt=MARKERS[i % 7], color=colour, capsize=3
+                )
         axes.set_ylim(len(table.rows) - 0.5, -0.5)
         axes.set_yticks(range(len(table.rows)), list(table.rows))
         axes.tick_params(labelleft=axes is every[0])
-        axes.set(title=column.name, xlabel=column.metric + (" (%)" if table.layout.percent else ""))
-    interval = "95 % t interval" if table.layout.interval == "ci95" else "standard deviation"
-    figure.suptitle(f"{table.title}: mean and {interval}; small: single seeds", fontsize=9)
+        axes.set(title=column.name, xlabel=column.metric + (" (%)" if percent else ""))
+    shown = tables.INTERVALS[table.layout.interval].replace(" ± ", " and ")
+    figure.suptitle(f"{table.title}: {shown}; small: single seeds", fontsize=9)
     return figure
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ from analysis.runs import Tell, to_stderr
 from contract import rundir
 
 CACHE = ".cache"
-VERSION = 1  # of the cached tables; another one is rebuilt
+VERSION = 2  # of the cached tables; another one is rebuilt
 
-TEXT = ("identity", "group", "name", "worker", "stage", "code", "commit", "study")
+TEXT = ("identity", "group", "name", "worker", "stage", "code", "commit", "study", "imported")
 RESULTS = pa.schema(
     [("key", pa.string())]
     + [(name, pa.string()) for name in TEXT]
@@ -73,10 +74,12 @@ def curves(output_dir: Path | str, identities: Sequence[str] | None = None, tell
 def finals(output_dir: Path, tell: Tell = to_stderr) -> pd.DataFrame:
     """``results`` and, with no metric, a row for each run that has none: all that a table needs."""
     table = _cached(output_dir, "results", RESULTS, (rundir.DONE,), _read_results, tell)
-    finished, keys = table["finished"].to_pylist(), table["key"].to_pylist()
-    states = ["finished" if done else rundir.state(output_dir / key) for key, done in zip(keys, finished, strict=True)]
-    table = table.drop_columns(["finished"]).append_column("state", pa.array(states, pa.string()))
-    frame: pd.DataFrame = table.to_pandas()
+    frame: pd.DataFrame = table.drop_columns(["finished"]).to_pandas()
+    frame["state"] = "finished"
+    open_ones = ~table["finished"].to_pandas()
+    if open_ones.any():
+        states = {key: rundir.state(output_dir / key) for key in frame.loc[open_ones, "key"].unique()}
+        frame.loc[open_ones, "state"] = frame.loc[open_ones, "key"].map(states)
     return frame
 
 
@@ -119,8 +122,7 @@ def _cached(
     """The table of all runs: rows of unchanged ones from the cache, the others from their files."""
     path = output_dir / CACHE / f"{name}.parquet"
     table, known = _load(path, schema, tell)
-    folders = {f"{folder.parent.name}/{folder.name}": folder for folder in rundir.find_runs(output_dir)}
-    signatures = {key: _signature(folder, (rundir.RUN, *files)) for key, folder in folders.items()}
+    signatures = _signatures(output_dir, (rundir.RUN, *files))
     unchanged = {key for key, signature in signatures.items() if known.get(key) == signature}
     if len(unchanged) == len(signatures) == len(known):
         return table
@@ -128,7 +130,7 @@ def _cached(
     kept = {key: signatures[key] for key in unchanged}
     for key in sorted(signatures.keys() - unchanged):
         try:
-            rows, sound = read(folders[key], tell)
+            rows, sound = read(output_dir / key, tell)
         except (rundir.RunDirError, OSError) as error:
             tell(f"{error}; the run is left out")
             continue
@@ -143,15 +145,32 @@ def _cached(
     return table
 
 
-def _signature(folder: Path, files: Sequence[str]) -> Signature:
-    found = []
-    for name in files:
-        try:
-            stat = (folder / name).stat()
-            found.append([stat.st_size, stat.st_mtime_ns])
-        except OSError:
-            found.append([])
+def _signatures(output_dir: Path, files: Sequence[str]) -> dict[str, Signature]:
+    """Size and time of the files of every run, by its key; the first file makes a folder a run. For 10,000 runs, plain
+    text and one look at each file are five times as fast as paths."""
+    found: dict[str, Signature] = {}
+    for worker in _entries(str(output_dir)):
+        for folder in _entries(worker.path) if worker.is_dir() else ():
+            each = [_signature(f"{folder.path}/{name}") for name in files]
+            if each[0]:
+                found[f"{worker.name}/{folder.name}"] = each
     return found
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _signature(path: str) -> list[int]:
+    try:
+        stat = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _load(path: Path, schema: pa.Schema, tell: Tell) -> tuple[pa.Table, dict[str, Signature]]:

@@ -111,6 +111,7 @@ class Mirror:
             "sightline.worker": run.worker,
             "sightline.state": self.state,
             "sightline.study": run.study,
+            **({"sightline.imported": run.imported} if run.imported else {}),
             "sightline.parents": ",".join(run.parents),
             "mlflow.source.git.commit": run.commit,
         }

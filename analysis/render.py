@@ -19,7 +19,7 @@ class Grid:
     name: str
     title: str
     head: list[str]
-    rows: list[list[Text]]
+    rows: list[list[Text]]  # one of a single text is the heading of those below it
     notes: list[str]  # below the table
     comments: list[str]  # for those who read the source
 
@@ -35,6 +35,10 @@ def term(grid: Grid) -> str:
     for i, name in enumerate(grid.head):
         table.add_column(Line(_one_line(name)), justify="right" if i else "left", overflow="fold")
     for row in grid.rows:
+        if len(row) == 1:
+            table.add_section()
+            table.add_row(Line(_one_line(row[0].text), "italic"))
+            continue
         table.add_row(*(Line(_one_line(c.text) + (" *" if c.bold else ""), "bold" if c.bold else "") for c in row))
     notes = [*grid.notes, *(["* = bold"] if any(cell.bold for row in grid.rows for cell in row) else [])]
     console = Console(highlight=False)
@@ -47,10 +51,14 @@ def md(grid: Grid) -> str:
     def cell(each: Text) -> str:
         return f"**{_md(each.text)}**" if each.bold else _md(each.text)
 
+    def line(row: list[Text]) -> str:
+        cells = [f"*{_md(row[0].text)}*", *[""] * (len(grid.head) - 1)] if len(row) == 1 else list(map(cell, row))
+        return "| " + " | ".join(cells) + " |"
+
     lines = [f"**{_md(grid.title)}**", ""]
     lines += ["| " + " | ".join(map(_md, grid.head)) + " |"]
     lines += ["|" + "|".join([":--", *["--:"] * (len(grid.head) - 1)]) + "|"]
-    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in grid.rows]
+    lines += map(line, grid.rows)
     lines += ["", *(_md(note) + "  " for note in grid.notes)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -61,13 +69,20 @@ def latex(grid: Grid) -> str:
     def cell(each: Text) -> str:
         return rf"\textbf{{{_latex(each.text)}}}" if each.bold else _latex(each.text)
 
+    def line(row: list[Text]) -> str:
+        if len(row) == 1:
+            return rf"    \multicolumn{{{len(grid.head)}}}{{l}}{{\textit{{{_latex(row[0].text)}}}}} \\"
+        return "    " + " & ".join(map(cell, row)) + r" \\"
+
     lines = [f"% {_one_line(comment)}" for comment in grid.comments]
     lines += [r"\begin{table}[t]", r"  \centering"]
     lines += [rf"  \caption{{{_latex(grid.title)}. {' '.join(map(_latex, grid.notes))}}}"]
     lines += [rf"  \label{{tab:{re.sub('[^A-Za-z0-9-]', '-', grid.name)}}}"]
     lines += [rf"  \begin{{tabular}}{{l{'r' * (len(grid.head) - 1)}}}", r"    \toprule"]
     lines += ["    " + " & ".join(map(_latex, grid.head)) + r" \\", r"    \midrule"]
-    lines += ["    " + " & ".join(map(cell, row)) + r" \\" for row in grid.rows]
+    for i, row in enumerate(grid.rows):
+        lines += [r"    \midrule"] if len(row) == 1 and i else []
+        lines.append(line(row))
     lines += [r"    \bottomrule", r"  \end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
@@ -81,7 +96,12 @@ def html(grid: Grid) -> str:
     lines = ["<!doctype html>", '<html lang="en"><head><meta charset="utf-8">', f"<title>{title}</title>", STYLE]
     lines += ["</head><body><table>", f"<caption>{title}</caption>"]
     lines += ["<thead><tr>" + "".join(cell(Text(name), "th") for name in grid.head) + "</tr></thead>", "<tbody>"]
-    lines += ["<tr>" + cell(r[0], "th") + "".join(cell(each, "td") for each in r[1:]) + "</tr>" for r in grid.rows]
+    for r in grid.rows:
+        if len(r) == 1:
+            wide = f'<th colspan="{len(grid.head)}" class="group">'
+            lines.append(f"<tr>{wide}{markup.escape(_one_line(r[0].text))}</th></tr>")
+        else:
+            lines.append("<tr>" + cell(r[0], "th") + "".join(cell(each, "td") for each in r[1:]) + "</tr>")
     lines += ["</tbody></table>", *(f"<p>{markup.escape(_one_line(note))}</p>" for note in grid.notes)]
     return "\n".join([*lines, "</body></html>"]) + "\n"
 
@@ -92,7 +112,8 @@ STYLE = (
     "<style>body{font:16px/1.4 system-ui,sans-serif;margin:2em auto;max-width:60em}table{border-collapse:collapse}"
     "caption{text-align:left;font-weight:bold;padding:.5em 0}th,td{padding:.3em .8em;text-align:right;"
     "white-space:nowrap}th:first-child{text-align:left}th{font-weight:normal}thead{border-top:2px solid;"
-    "border-bottom:1px solid}tbody{border-bottom:2px solid}p{margin:.3em 0;color:#444}</style>"
+    "border-bottom:1px solid}th.group{font-style:italic;padding-top:.8em}"
+    "tbody{border-bottom:2px solid}p{margin:.3em 0;color:#444}</style>"
 )
 
 
@@ -117,6 +138,8 @@ LATEX = {c: rf"\{c}" for c in "&%$#_{}"} | {
     "|": r"\textbar{}",
     "±": r"$\pm$",
     "†": r"$^\dagger$",
+    "‡": r"$^\ddagger$",
+    "Δ": r"$\Delta$",
     "−": "$-$",
 }
 

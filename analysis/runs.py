@@ -41,6 +41,7 @@ class Run:
     code: str
     commit: str
     study: str
+    imported: str  # where its figures come from, if no worker of ours made them
     submitted: float
     parents: tuple[str, ...]
 
@@ -69,11 +70,16 @@ def read_run(folder: Path) -> Run:
             code=str(code.get("hash") or "") if isinstance(code, Mapping) else str(code or ""),
             commit=str(run.get("commit") or ""),
             study=str(run.get("study") or ""),
+            imported=_source(run.get("imported")),
             submitted=number(run.get("submitted")) or 0.0,
             parents=tuple(map(str, run.get("parents") or ())),
         )
     except (TypeError, ValueError) as error:
         raise rundir.RunDirError(f"{path}: {error}") from None
+
+
+def _source(imported: object) -> str:
+    return str(imported.get("source") or "somewhere") if isinstance(imported, Mapping) else str(imported or "")
 
 
 def number(value: object) -> float | None:

@@ -8,154 +8,26 @@ import io
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis import frame, stats
+from analysis import receipts, stats
+from analysis.cells import Cell, CellRun, Column, Table, load
 from analysis.render import RENDERERS, Grid, Text
-from analysis.runs import to_stderr
-from contract import rundir
-from contract.settings import build
+from contract import cost, rundir
 from contract.settings.checks import SettingsError
-from contract.study import Layout, Reported
+from contract.study import Layout
 
-SUFFIXES = {".md": "md", ".tex": "latex", ".csv": "csv", ".html": "html"}
-LEFT = frozenset({"failed", "cancelled"})  # what will not end by itself
+__all__ = ["INTERVALS", "Cell", "CellRun", "Column", "Table", "behind", "grid", "load", "main", "records", "text"]
 
-
-@dataclass(frozen=True)
-class CellRun:
-    seed: int
-    identity: str
-    worker: str
-    state: str
-    value: float | None
-    code: str
-    commit: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    row: str
-    column: str
-    runs: tuple[CellRun, ...]
-
-    @property
-    def values(self) -> dict[int, float]:
-        """By seed."""
-        return {run.seed: run.value for run in self.runs if run.value is not None}
-
-    @property
-    def summary(self) -> stats.Summary:
-        return stats.summary(list(self.values.values()))
-
-    @property
-    def failed(self) -> int:
-        return sum(run.state in LEFT for run in self.runs)
-
-    @property
-    def mixed(self) -> bool:
-        """Made by different code."""
-        return len({run.code for run in self.runs if run.value is not None}) > 1
-
-
-@dataclass(frozen=True)
-class Column:
-    name: str
-    stage: str
-    metric: str
-    better: str = "higher"
-
-
-@dataclass(frozen=True)
-class Table:
-    name: str
-    title: str
-    output_dir: Path
-    seeds: tuple[int, ...]
-    rows: tuple[str, ...]
-    columns: tuple[Column, ...]
-    layout: Layout
-    reported: tuple[Reported, ...]
-    cells: Mapping[tuple[str, str], Cell]
-
-    def best(self, column: Column) -> str | None:
-        values = {row: self.cells[row, column.name].values for row in self.rows}
-        return stats.best(values, higher=column.better == "higher")
-
-
-def load(manifest: Path) -> Table:
-    """The table that a manifest describes, filled from the run directories. Raises RunDirError, naming the file."""
-    said = rundir.read_json(manifest)
-    if not isinstance(said.get("schema"), int) or said["schema"] > rundir.SCHEMA:
-        raise rundir.RunDirError(f"{manifest}: schema {said.get('schema')!r}; this program reads up to {rundir.SCHEMA}")
-    try:
-        output_dir = manifest.parent.parent if manifest.parent.name == "studies" else Path(said["output_dir"])
-        columns = tuple(Column(**{k: v for k, v in c.items() if k in Column.__match_args__}) for c in said["columns"])
-        metrics = {column.name: column.metric for column in columns}
-        cells = {(c["row"], c["column"]): c["runs"] for c in said["cells"]}
-        wanted = {(run["identity"], metrics[column]) for (_, column), runs in cells.items() for run in runs}
-        known, values = _finals(output_dir, wanted)
-        return Table(
-            name=said["name"],
-            title=said["title"],
-            output_dir=output_dir,
-            seeds=tuple(said["seeds"]),
-            rows=tuple(said["rows"]),
-            columns=columns,
-            layout=build(Layout, said["layout"]),
-            reported=tuple(build(Reported, each) for each in said["reported"]),
-            cells={
-                (row, column.name): Cell(
-                    row, column.name, tuple(_run(r, column.metric, known, values) for r in cells[row, column.name])
-                )
-                for row in said["rows"]
-                for column in columns
-            },
-        )
-    except (KeyError, TypeError, AttributeError, SettingsError) as error:
-        raise rundir.RunDirError(f"{manifest}: not a study's manifest ({type(error).__name__}: {error})") from None
-
-
-def _finals(
-    output_dir: Path, wanted: set[tuple[str, str]]
-) -> tuple[dict[str, dict[str, Any]], dict[tuple[str, str], float]]:
-    """What the run directories say: each run by identity, and the final values."""
-    found = frame.finals(output_dir)
-    found = found[found["identity"].isin({identity for identity, _ in wanted})]
-    columns = ["identity", "state", "code", "commit"]
-    known = {run["identity"]: run for run in found[columns].drop_duplicates("identity").to_dict("records")}
-    values = {(i, m): v for i, m, v in zip(found["identity"], found["metric"], found["value"], strict=True)}
-    for identity, metric in sorted(wanted):
-        if known.get(identity, {}).get("state") == "finished" and (identity, metric) not in values:
-            there = ", ".join(sorted(m for i, m in values if i == identity)) or "none"
-            to_stderr(f"run {identity} is finished, but has no metric {metric}; it has: {there}")
-    return known, values
-
-
-def _run(
-    said: Mapping[str, Any],
-    metric: str,
-    known: Mapping[str, Mapping[str, Any]],
-    values: Mapping[tuple[str, str], float],
-) -> CellRun:
-    identity = said["identity"]
-    now = known.get(identity, {})
-    value = values.get((identity, metric))
-    state = now.get("state", said.get("state", "new"))
-    if state == "finished" and value is None:
-        state = "failed" if now else "new"  # it will not say it any more; its directory is gone
-    return CellRun(
-        seed=said["seed"],
-        identity=identity,
-        worker=said["worker"],
-        state=state,
-        value=value,
-        code=now.get("code", ""),
-        commit=now.get("commit", ""),
-    )
+SUFFIXES = {".md": "md", ".tex": "latex", ".csv": "csv", ".html": "html", ".parquet": "parquet"}
+INTERVALS = {
+    "ci95": "mean ± 95 % t interval of the mean",
+    "std": "mean ± standard deviation",
+    "iqm": "interquartile mean, 95 % bootstrap interval",
+}
 
 
 # -- as text ----------------------------------------------------------------------------------------------------------
@@ -167,10 +39,18 @@ def text(cell: Cell, layout: Layout) -> str:
     open_ones = f"{found.n}/{total}" + (f", {cell.failed} failed" if cell.failed and cell.failed < total else "")
     if not found.n:
         return f"{'failed' if cell.failed == total else 'pending'} ({open_ones})"
-    shown = _number(found.mean, layout)
-    if found.n > 1 and math.isfinite(found.mean):
-        shown += f" ± {_number(found.ci95 if layout.interval == 'ci95' else found.std, layout)}"
-    return shown + ("†" if cell.mixed else "") + (f" ({open_ones})" if found.n < total else "")
+    marks = ("†" if cell.mixed else "") + ("‡" if cell.imported else "")
+    shown = _interval(*cell.shown(layout), layout)
+    return shown + marks + (f" ({open_ones})" if found.n < total else "")
+
+
+def _interval(middle: float, low: float, high: float, layout: Layout) -> str:
+    shown = _number(middle, layout)
+    if not math.isfinite(low):
+        return shown
+    if layout.interval == "iqm":
+        return f"{shown} [{_number(low, layout)}, {_number(high, layout)}]"
+    return f"{shown} ± {_number(high - middle, layout)}"
 
 
 def _number(value: float, layout: Layout) -> str:
@@ -179,60 +59,130 @@ def _number(value: float, layout: Layout) -> str:
     return f"{value * (100 if layout.percent else 1):.{layout.digits}f}"
 
 
-def grid(table: Table) -> Grid:
-    best = {column.name: table.best(column) for column in table.columns}
+def grid(table: Table, source: bool = False) -> Grid:
+    """``source``: with comments that say which runs, where and for how long; they are read for it."""
+    bold = {column.name: table.winners(column) for column in table.columns}
     sources = list(dict.fromkeys(each.source for each in table.reported))
-    rows = []
-    for row in table.rows:
-        cells = [table.cells[row, column.name] for column in table.columns]
-        rows.append([Text(row), *(Text(text(c, table.layout), bold=best[c.column] == row) for c in cells)])
-        printed = {e.column: f"{e.value:g} [{sources.index(e.source) + 1}]" for e in table.reported if e.row == row}
-        if printed:
-            rows.append([Text(f"{row}, reported"), *(Text(printed.get(c.name, "")) for c in table.columns)])
+    rows: list[list[Text]] = []
+    for group, names in table.groups():
+        rows += [[Text(group)]] if group else []
+        for row in names:
+            cells = [table.cells[row, column.name] for column in table.columns]
+            line = [Text(row)]
+            line += [Text(text(c, table.layout_of(c.column)), bold=row in bold[c.column]) for c in cells]
+            rows.append([*line, *([Text(_overall(table, row))] if table.layout.overall else [])])
+            rows += _reported(table, row, sources)
     notes = [*_notes(table), *(f"[{i}] {source}" for i, source in enumerate(sources, 1))]
     comments = [f"study {table.name}: {table.title}; the runs behind each cell as seed=identity"]
-    comments += [
-        f"{cell.row} | {cell.column}: " + " ".join(f"{r.seed}={r.identity}" for r in cell.runs)
-        for cell in table.cells.values()
-    ]
-    return Grid(table.name, table.title, ["", *(c.name for c in table.columns)], rows, notes, comments)
+    for cell in table.cells.values():
+        comments.append(f"{cell.row} | {cell.column}: " + " ".join(f"{r.seed}={r.identity}" for r in cell.runs))
+        if source:
+            commits = ", ".join(sorted({run.commit[:12] for run in cell.runs if run.commit})) or "none"
+            spent = receipts.with_parents(table.output_dir, cell)
+            hosts = ", ".join(sorted(spent.hosts)) or "no host"
+            comments.append(f"commit {commits}; {spent} with pretraining; on {hosts}")
+            comments += [f"seed {run.seed} from {run.imported}" for run in cell.runs if run.imported]
+    head = ["", *(c.name for c in table.columns), *(["IQM"] if table.layout.overall else [])]
+    return Grid(table.name, table.title, head, rows, notes, comments)
+
+
+def _overall(table: Table, row: str) -> str:
+    found = table.overall(row)
+    if not found.n:
+        return "pending"
+    missing = any(len(c.values) < len(c.runs) for c in (table.cells[row, n] for n in table.layout.overall))
+    shown = _interval(found.mean, found.low, found.high, build_iqm(table.layout))
+    return shown + (" (incomplete)" if missing else "")
+
+
+def build_iqm(layout: Layout) -> Layout:
+    return Layout(digits=layout.digits, percent=layout.percent, interval="iqm")
+
+
+def _reported(table: Table, row: str, sources: Sequence[str]) -> list[list[Text]]:
+    """What was printed elsewhere for this row, and how far ours is from it."""
+    printed = {each.column: each for each in table.reported if each.row == row}
+    if not printed:
+        return []
+    line = [Text(f"{row}, reported")]
+    for column in table.columns:
+        each = printed.get(column.name)
+        line.append(Text(_beside(table, row, column, each.value, sources.index(each.source)) if each else ""))
+    return [[*line, *([Text("")] if table.layout.overall else [])]]
+
+
+def _beside(table: Table, row: str, column: Column, value: float, number: int) -> str:
+    off = difference(table, row, column, value)
+    layout = table.layout_of(column.name)
+    return f"{value:g} [{number + 1}]" + ("" if off is None else f" (Δ {off:+.{layout.digits}f})".replace("-", "−"))
+
+
+def difference(table: Table, row: str, column: Column, value: float) -> float | None:
+    """Ours less a reported figure, in the table's units; None while there is none of ours."""
+    layout = table.layout_of(column.name)
+    middle = table.cells[row, column.name].shown(layout)[0]
+    return middle * (100 if layout.percent else 1) - value if math.isfinite(middle) else None
 
 
 def _notes(table: Table) -> list[str]:
     """The protocol, and what the marks mean."""
-    cells = table.cells.values()
-    interval = "95 % t interval of the mean" if table.layout.interval == "ci95" else "standard deviation"
-    seeds = f"{len(table.seeds)} seeds ({', '.join(map(str, table.seeds))})"
-    if len(table.seeds) == 1:
-        notes = [f"One seed ({table.seeds[0]}): no interval{', in per cent' if table.layout.percent else ''}."]
+    cells, layout = table.cells.values(), table.layout
+    percent = ", in per cent" if layout.percent else ""
+    seeds = sorted({run.seed for cell in cells for run in cell.runs})
+    if len(seeds) == 1:
+        notes = [f"One seed ({seeds[0]}): no interval{percent}."]
     else:
-        notes = [f"Mean ± {interval} over {seeds}{', in per cent' if table.layout.percent else ''}."]
+        shown = INTERVALS[layout.interval]
+        notes = [f"{shown[0].upper()}{shown[1:]} over {len(seeds)} seeds ({', '.join(map(str, seeds))}){percent}."]
+    if len({len(cell.runs) for cell in cells}) > 1:
+        notes.append("Rows differ in their number of seeds: more where a comparison was open.")
     names = [f"{c.name}: {c.metric}{'' if c.better == 'higher' else ', lower is better'}" for c in table.columns]
     notes.append("; ".join(names) + ".")
-    if any(table.best(column) for column in table.columns):
-        notes.append("Bold: better than every other row with results, p < 0.05 (t-test paired by seed, else Welch's).")
+    if any(table.winners(column) for column in table.columns):
+        rest = "every other row of its group" if layout.bold == "group" else "every other row"
+        notes.append(
+            f"Bold: better than {rest} with results, p < {stats.ALPHA:g} "
+            "(t-test paired by seed, else Welch's; Holm's correction)."
+        )
+    if layout.overall:
+        notes.append(f"IQM: interquartile mean over {', '.join(layout.overall)}, 95 % stratified bootstrap interval.")
     if any(len(cell.values) < len(cell.runs) for cell in cells):
         notes.append("(k/n): k of n seeds are in.")
+    if table.reported:
+        notes.append("Reported: as printed in the source given; Δ: ours less that.")
     if any(cell.mixed for cell in cells):
         notes.append("†: runs of different code.")
-    if any(cell.values and not math.isfinite(cell.summary.mean) for cell in cells):
-        notes.append("NaN: the result of a run is not a finite number.")
+    if any(cell.imported for cell in cells):
+        notes.append("‡: figures taken over from elsewhere, not made by runs of ours; --cell says from where.")
+    if bad := [f"{c.row} | {c.column}" for c in cells if c.values and not math.isfinite(c.summary.mean)]:
+        notes.append(f"NaN: the result of a run is not a finite number ({'; '.join(bad[:3])}).")
     return notes
 
 
+# -- as data ----------------------------------------------------------------------------------------------------------
+
+
 def records(table: Table) -> list[dict[str, Any]]:
-    """One flat record a cell, in the metrics' own units; for ``--format csv`` and ``--json``."""
+    """One flat record a cell, in the metrics' own units; for CSV, Parquet and ``--json``."""
     printed = {(each.row, each.column): each for each in table.reported}
+    compared = {column.name: table.comparisons(column) for column in table.columns}
+    columns = {column.name: column for column in table.columns}
+    winners = {column.name: table.winners(column) for column in table.columns}
+    groups = {row: group for group, rows in table.groups() for row in rows}
     found = []
     for (row, name), cell in table.cells.items():
-        column = next(c for c in table.columns if c.name == name)
-        one, said = cell.summary, printed.get((row, name))
+        column, one, said = columns[name], cell.summary, printed.get((row, name))
         record: dict[str, Any] = {"row": row, "column": name, "stage": column.stage, "metric": column.metric}
         record |= {"better": column.better, "n": one.n, "of": len(cell.runs), "failed": cell.failed}
         record |= {"mean": one.mean, "std": one.std, "ci95": one.ci95}
-        record |= {"best": table.best(column) == row, "mixed_code": cell.mixed}
+        record |= {"best": row in winners[name], "mixed_code": cell.mixed}
         record |= {"reported": said.value if said else None, "source": said.source if said else None}
         record["runs"] = " ".join(run.identity for run in cell.runs)
+        middle = cell.iqm if table.layout.interval == "iqm" else None
+        record |= {"iqm": middle.mean, "iqm_low": middle.low, "iqm_high": middle.high} if middle else {}
+        record["difference"] = difference(table, row, column, said.value) if said else None
+        record["p_value"] = next((c.p_values[row] for c in compared[name] if row in c.p_values), None)
+        record |= {"group": groups[row], "imported": cell.imported}
         found.append(
             {k: None if isinstance(v, float) and math.isnan(v) and not one.n else v for k, v in record.items()}
         )
@@ -253,19 +203,41 @@ def to_json(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in plain)
 
 
-def behind(cell: Cell) -> list[dict[str, Any]]:
-    """The runs behind a cell, one record each."""
-    return [{name: getattr(run, name) for name in CellRun.__match_args__} for run in cell.runs]
+def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    import pandas as pd
+
+    file = io.BytesIO()
+    pd.DataFrame.from_records(list(rows)).to_parquet(file)
+    return file.getvalue()
+
+
+def behind(table: Table, cell: Cell) -> list[dict[str, Any]]:
+    """The runs behind a cell, one record each, with where they ran and for how long."""
+    found = []
+    for run in cell.runs:
+        spent = receipts.of_run(table.output_dir, run)
+        record: dict[str, Any] = {name: getattr(run, name) for name in CellRun.__match_args__}
+        record |= {"hosts": " ".join(spent.hosts), "gpu_hours": spent.gpu_hours, "cpu_hours": spent.cpu_hours}
+        found.append(record)
+    return found
 
 
 def cell_grid(table: Table, cell: Cell) -> Grid:
-    rows = [
-        [str(r.seed), r.identity, r.state, "" if r.value is None else f"{r.value:.6g}", r.code[:8], r.commit[:8]]
-        for r in cell.runs
-    ]
-    notes = [f"{cell.row} | {cell.column}: {text(cell, table.layout)}", f"in {table.output_dir / cell.runs[0].worker}"]
+    rows = []
+    for r in behind(table, cell):
+        value = "" if r["value"] is None else f"{r['value']:.6g}"
+        hours = str(cost.Cost(r["gpu_hours"], r["cpu_hours"]))
+        rows.append(
+            [str(r["seed"]), r["identity"], r["state"], value, r["code"][:6], r["commit"][:7], r["hosts"], hours]
+        )
+    spent = receipts.with_parents(table.output_dir, cell)
+    notes = [f"{cell.row} | {cell.column}: {text(cell, table.layout_of(cell.column))}"]
+    notes += [f"in {table.output_dir / cell.runs[0].worker}", f"{spent} with the runs that they were built upon"]
+    differ = receipts.differences(table.output_dir, cell)
+    notes += ["the settings are the same but for the seed"] if not differ else [f"differ in {each}" for each in differ]
+    notes += [f"‡ seed {run.seed}: from {run.imported}" for run in cell.runs if run.imported]
     notes += ["†: runs of different code."] if cell.mixed else []
-    head = ["seed", "identity", "state", "value", "code", "commit"]
+    head = ["seed", "identity", "state", "value", "code", "commit", "hosts", "hours"]
     return Grid(table.name, table.title, head, [[Text(each) for each in row] for row in rows], notes, [])
 
 
@@ -275,34 +247,77 @@ def cell_grid(table: Table, cell: Cell) -> Grid:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.tables", description="The table of a study.")
     parser.add_argument("--manifest", type=Path, required=True, help="OUTPUT_DIR/studies/NAME.json")
-    parser.add_argument("--format", choices=[*RENDERERS, "csv"], help="default: by OUTPUT's suffix, else term")
+    kinds = [*RENDERERS, "csv", "parquet"]
+    parser.add_argument("--format", choices=kinds, help="default: by OUTPUT's suffix, else term")
     parser.add_argument("--output", type=Path, metavar="FILE", help="instead of standard output")
     parser.add_argument("--cell", nargs=2, metavar=("ROW", "COLUMN"), help="the runs behind one cell")
     parser.add_argument("--json", action="store_true", help="one JSON object a cell, or a run with --cell")
+    again = "draw it again as cells fill, until all are full or failed"
+    parser.add_argument("--watch", type=float, nargs="?", const=2.0, metavar="SECONDS", help=again)
+    parser.add_argument("--open", metavar="RULE", help=argparse.SUPPRESS)  # for fill --until
     args = parser.parse_args(argv)
+    kind = args.format or (SUFFIXES.get(args.output.suffix, "term") if args.output else "term")
     try:
-        table = load(args.manifest)
-        if args.cell and tuple(args.cell) not in table.cells:
-            valid = f"rows: {', '.join(table.rows)}; columns: {', '.join(c.name for c in table.columns)}"
-            raise rundir.RunDirError(f"--cell {args.cell[0]!r} {args.cell[1]!r}: no such cell; {valid}")
-        cell = table.cells[tuple(args.cell)] if args.cell else None
-        kind = args.format or (SUFFIXES.get(args.output.suffix, "term") if args.output else "term")
-        rows = behind(cell) if cell else records(table)
-        if args.json:
-            shown = to_json(rows)
-        elif kind == "csv":
-            shown = to_csv(rows)
+        if kind == "parquet" and not args.output:
+            raise rundir.RunDirError("--format parquet: add --output FILE; a terminal cannot show it")
+        if args.open:
+            from analysis import undecided
+
+            print(json.dumps(undecided.of(load(args.manifest), args.open)))
+        elif args.watch is not None:
+            return _watch(args, kind)
         else:
-            shown = RENDERERS[kind](cell_grid(table, cell) if cell else grid(table))
-        if args.output:
-            rundir.write_atomic(args.output, shown)
-        else:
-            print(shown, end="")
-    except (rundir.RunDirError, OSError) as error:
+            _put(_shown(load(args.manifest), args, kind), args.output)
+    except (rundir.RunDirError, SettingsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
+def _shown(table: Table, args: argparse.Namespace, kind: str) -> str | bytes:
+    if args.cell and tuple(args.cell) not in table.cells:
+        valid = f"rows: {', '.join(table.rows)}; columns: {', '.join(c.name for c in table.columns)}"
+        raise rundir.RunDirError(f"--cell {args.cell[0]!r} {args.cell[1]!r}: no such cell; {valid}")
+    cell = table.cells[tuple(args.cell)] if args.cell else None
+    if args.json or kind in ("csv", "parquet"):
+        rows = behind(table, cell) if cell else records(table)
+        return to_json(rows) if args.json else to_csv(rows) if kind == "csv" else to_parquet(rows)
+    return RENDERERS[kind](cell_grid(table, cell) if cell else grid(table, source=kind == "latex"))
+
+
+def _put(shown: str | bytes, output: Path | None) -> None:
+    if output:
+        rundir.write_atomic(output, shown)
+    else:
+        print(shown, end="", flush=True)
+
+
+def _watch(args: argparse.Namespace, kind: str) -> int:
+    """On a terminal in place, else one table after another; into a file, the file is replaced."""
+    before: object = None
+    told: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in told:
+            told.add(line)
+            print(f"warning: {line}", file=sys.stderr)
+
+    while True:
+        table = load(args.manifest, once)
+        states = [run.state for cell in table.cells.values() for run in cell.runs]
+        now = _shown(table, args, kind)
+        if now != before:
+            if not args.output and before is not None:
+                print("\x1b[H\x1b[2J" if sys.stdout.isatty() else "", flush=True)
+            _put(now, args.output)
+            before = now
+        if all(state in ("finished", "failed", "cancelled") for state in states):
+            return 0
+        time.sleep(args.watch)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -32,8 +32,12 @@ class Cost:
         )
 
     def __str__(self) -> str:
-        kinds = [(self.gpu_hours, "GPU-h"), (self.cpu_hours, "CPU-h")]
-        return " + ".join(f"{hours:.3g} {unit}" for hours, unit in kinds if hours) or "0 h"
+        kinds = [(self.gpu_hours, "GPU"), (self.cpu_hours, "CPU")]
+        return " + ".join(_spell(hours, unit) for hours, unit in kinds if hours) or "0 h"
+
+
+def _spell(hours: float, unit: str) -> str:
+    return f"{hours:.3g} {unit}-h" if hours >= 0.1 else f"{60 * hours:.2g} {unit}-min"
 
 
 def of(folder: Path, processes: int = 1) -> Cost:

@@ -41,6 +41,7 @@ VERBS = {
     "plan": "what a study or launch has, and what is missing: reuse, stale, queued, new, failed",
     "fill": "run what a study or launch is missing",
     "table": "print the table of a study, complete or not; other flags go to analysis.tables",
+    "import": "results from before (CSV, MLflow, checkpoints) as finished runs of a study",
     "status": "how the runs get on",
     "logs": "the log of one run",
     "cancel": "stop runs for good, those that wait too",
@@ -74,6 +75,25 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
         flag("--json", action="store_true", help="one JSON object per run and line")
     if verb in (None, "fill"):
         flag("--stale", action="store_true", help="run again what other code made")
+    if verb == "fill":
+        rule = "add seeds where a comparison is open: ci95<0.5, std<1, iqm<0.5 (the cell's units), p<0.01"
+        flag("--until", metavar="RULE", help=rule)
+        flag("--most", type=int, default=10, metavar="N", help="with --until: so many seeds a row at most (10)")
+        flag("--budget", metavar="HOURS", help="hold what would use more hours of GPUs (of CPUs without): 40h, 90min")
+        flag("--shard", metavar="I/N", help="of clusters that share no files, the I-th of N")
+    if verb == "import":
+        flag("-n", "--dry-run", action="store_true", help="check, and print what would be made; write nothing")
+        flag("--csv", metavar="FILE", help="lines of row,column,seed,value[,source]")
+        flag("--mlflow", metavar="URI", help="the store: sqlite:///FILE, http://...; with --experiment and --row")
+        flag("--experiment", metavar="NAME")
+        flag("--filter", metavar="TEXT", help="as in mlflow.search_runs: \"params.tau = '0.1'\"")
+        flag("--seed-key", default="params.seed", metavar="KEY", help="where its runs say their seed (params.seed)")
+        flag("--metric", action="append", metavar="COLUMN=METRIC", help="where they call a column's metric otherwise")
+        flag("--checkpoint", metavar="FILE", help="an encoder, for --row and --seed; evaluations are run upon it")
+        flag("--row", metavar="ROW")
+        flag("--seed", type=int, metavar="N", help="of a checkpoint; the study's first")
+        flag("--stage", metavar="STAGE", help="of a checkpoint; the first that is built upon none")
+        flag("--percent", action="store_true", help="the figures are per cent, the metrics fractions")
     if verb == "logs":
         flag("-f", "--follow", action="store_true", help="go on until the run ends")
     if verb == "ui":
@@ -91,6 +111,8 @@ def _usage(verb: str | None) -> str:
             return "KEY=VALUE... [-n]   or   VERB ... [--help]"
         case "plan" | "fill":
             return "STUDY [KEY=VALUE...] | KEY=VALUE... [options]"
+        case "import":
+            return "STUDY [KEY=VALUE...] --csv FILE | --mlflow URI ... | --checkpoint FILE ..."
         case "table":
             return "STUDY [KEY=VALUE...] [--format md|latex|csv|html|term ...]"
         case "logs":
@@ -139,7 +161,7 @@ def _run(verb: str, args: argparse.Namespace) -> int:
     from launcher import NotFound, Refused, Unavailable, verbs
 
     try:
-        code: int = getattr(verbs, verb)(args)
+        code: int = getattr(verbs, {"import": "adopted"}.get(verb, verb))(args)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

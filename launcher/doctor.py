@@ -18,7 +18,10 @@ from launcher import CONFIGS, plan
 PACKAGES = {
     "launching": (("hydra", "omegaconf", "yaml", "rich", "submitit"), "pip install sightline"),
     "training": (("torch", "torchvision", "timm", "safetensors", "PIL", "mlxtend"), "pip install 'sightline[train]'"),
-    "analysis": (("mlflow", "pandas", "pyarrow", "scipy", "matplotlib"), "pip install 'sightline[analysis]'"),
+    "analysis": (
+        ("mlflow", "pandas", "pyarrow", "scipy", "statsmodels", "matplotlib"),
+        "pip install 'sightline[analysis]'",
+    ),
 }
 FREE_GB = 5
 

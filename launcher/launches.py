@@ -7,13 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import contract.settings
 from contract import study
 from contract.settings import Training
 from contract.settings.checks import SettingsError
-from launcher import CONFIGS, sweep
+from launcher import CONFIGS, rounds, study_file, sweep
 from launcher.identity import ENCODERS, Input, find_encoder, takes_encoder
 from launcher.plan import Plan, Run, absolute, build, located
 
@@ -104,7 +102,25 @@ def of_study(name: str, points: Sequence[sweep.Said] = ({},)) -> Plan:
     """``points``: keys said beside the name, for all stages or addressed as STAGE.key; only ``seed`` may be swept."""
     declared = _with(load_study(name), points)
     made: dict[str, Run] = {}
-    for step in declared.steps():
+    _make(name, declared.steps(), made)
+    more: rounds.More = {}
+    if not any("seed" in point for point in points):  # beyond the study's own, where fill --until asked for them
+        more = rounds.read(Path(next(iter(made.values())).settings.output_dir), name, declared)
+        _make(name, declared.steps(more), made)
+    cells = {
+        (row, column): tuple(made[step.key].identity for step in declared.cell(row, column, more))
+        for row in declared.rows
+        for column in declared.columns
+    }
+    _check_rows(name, declared, cells)
+    runs = {r.identity: r for r in made.values()}
+    return _plan(name, runs.values(), study=declared, cells=cells)
+
+
+def _make(name: str, steps: Iterable[study.Step], made: dict[str, Run]) -> None:
+    for step in steps:
+        if step.key in made:
+            continue
         parent = made[step.parent.key] if step.parent else None
         values = {"worker": step.worker, **step.overrides, "seed": step.seed}
         try:
@@ -112,13 +128,17 @@ def of_study(name: str, points: Sequence[sweep.Said] = ({},)) -> Plan:
         except SettingsError as error:
             lines = str(error).splitlines()
             raise SettingsError("\n".join(f"study {name}, stage {step.stage}: {line}" for line in lines)) from None
-    cells = {
-        (row, column): tuple(made[step.key].identity for step in declared.cell(row, column))
-        for row in declared.rows
-        for column in declared.columns
-    }
-    runs = {r.identity: r for r in made.values()}
-    return _plan(name, runs.values(), study=declared, cells=cells)
+
+
+def _check_rows(name: str, declared: study.Study, cells: Mapping[tuple[str, str], tuple[str, ...]]) -> None:
+    """Two rows of the same runs are one row twice: a key that is no science, or a slip of the hand."""
+    seen: dict[tuple[tuple[str, ...], ...], str] = {}
+    for row in declared.rows:
+        runs = tuple(cells[row, column] for column in declared.columns)
+        if runs in seen:
+            at = CONFIGS / "study" / f"{name}.yaml"
+            raise SettingsError(f"{at}: rows {seen[runs]!r} and {row!r} are the same runs ({runs[0][0]}, ...)")
+        seen[runs] = row
 
 
 def _with(declared: study.Study, points: Sequence[sweep.Said]) -> study.Study:
@@ -142,13 +162,4 @@ def load_study(name: str) -> study.Study:
     """Raises SettingsError: an unknown name with the choices, a wrong key with the file."""
     if name not in studies():  # which also keeps names such as ../x out
         raise SettingsError(contract.settings.unknown("study", name, studies()))
-    path = CONFIGS / "study" / f"{name}.yaml"
-    try:
-        values = yaml.safe_load(path.read_text())
-        if not isinstance(values, dict):
-            raise SettingsError("expected keys and values")
-        return study.read(values)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: {' '.join(str(error).split())}") from None
-    except SettingsError as error:
-        raise SettingsError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+    return study_file.read(CONFIGS / "study" / f"{name}.yaml")

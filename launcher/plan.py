@@ -105,6 +105,7 @@ class Plan:
     runs: tuple[Run, ...]  # parents before children, every identity once
     study: study.Study | None = None
     cells: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # (row, column) -> identities
+    only: frozenset[str] | None = None  # what may start; None: everything
 
     def todo(self, stale: bool = False) -> list[Run]:
         """What a launch starts; with ``stale``, what other code made and what was built upon that, too.
@@ -115,7 +116,19 @@ class Plan:
         for run in self.runs:
             if stale and (run.state == "stale" or (run.state == "reuse" and again.intersection(run.parents))):
                 again.add(run.identity)
-        return [r for r in self.runs if r.state in OPEN or r.identity in again or r.runs_here]
+        found = [r for r in self.runs if r.state in OPEN or r.identity in again or r.runs_here]
+        found = found if self.study is None else self._wanted(found)
+        return found if self.only is None else [run for run in found if run.identity in self.only]
+
+    def _wanted(self, found: list[Run]) -> list[Run]:
+        """Without those that no cell shows and nothing that is to run is built upon: their evaluations are there."""
+        open_ones = {run.identity for run in found}
+        needed = {identity for identities in self.cells.values() for identity in identities}
+        for run in reversed(self.runs):
+            waits = run.identity in open_ones or run.state not in ("reuse", "stale", "cancelled")
+            if run.identity in needed and waits:
+                needed.update(run.parents)
+        return [run for run in found if run.identity in needed]
 
     def manifest(self) -> dict[str, Any]:
         """What analysis is told of a study: which runs make which cell."""
@@ -131,6 +144,7 @@ class Plan:
             "rows": list(self.study.rows),
             "columns": [
                 {"name": name, "stage": c.stage, "metric": c.metric, "better": c.better}
+                | {k: v for k in ("digits", "percent") if (v := getattr(c, k)) is not None}
                 for name, c in self.study.columns.items()
             ],
             "layout": dataclasses.asdict(self.study.layout),
@@ -192,7 +206,10 @@ def look(folder: Path, code: closure.Code) -> tuple[State, list[str]]:
         return "new", []
     state = rundir.state(folder)
     if state == "finished":
-        made = rundir.read_run(folder).get("code") or {}
+        run = rundir.read_run(folder)
+        if run.get("imported"):
+            return "reuse", []  # no code of ours made it
+        made = run.get("code") or {}
         if made.get("hash") != code.hash:
             return "stale", code.changed(made.get("files") or {})
     return FROM_FILES[state], []

@@ -17,8 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from contract import rundir
-from launcher.plan import STATES, Plan
+from contract import cost, rundir
+from contract.cost import Cost
+from launcher import prices, remarks
+from launcher.plan import STATES, Plan, Run
 from launcher.rundirs import Found
 
 COLOURS = {
@@ -26,6 +28,7 @@ COLOURS = {
     "stopped": "yellow", "stale": "magenta", "failed": "red", "cancelled": "bright_black", "blocked": "bright_black",
 }  # fmt: skip
 RUN_STATES = ("finished", "running", "queued", "waiting", "blocked", "stopped", "failed", "cancelled")
+MOST_ROWS = 24
 AT_MOST = 12  # lines of a list; the rest is counted
 EVERY = 0.1  # of a run, between two lines where there is no terminal
 
@@ -66,6 +69,45 @@ def plan(out: Console, plan: Plan) -> None:
     if changed:
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         out.print(f"stale: made before these changed: {', '.join(changed[:4])}{more}; fill --stale makes them again")
+
+
+def study(out: Console, plan: Plan, todo: Sequence[Run]) -> None:
+    """Which cells are full, what is left to do and its price."""
+    assert plan.study is not None
+    states = {run.identity: run.state for run in plan.runs}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("done", *plan.study.columns):
+        table.add_column(plain(name))
+    for row in list(plan.study.rows)[:MOST_ROWS]:
+        cells = [[states[i] for i in plan.cells[row, column]] for column in plan.study.columns]
+        table.add_row(plain(row), *(f"{sum(s in ('reuse', 'stale') for s in cell)}/{len(cell)}" for cell in cells))
+    out.print(table)
+    if len(plan.study.rows) > MOST_ROWS:
+        out.print(f"and {len(plan.study.rows) - MOST_ROWS} more rows")
+    for line in remarks.of(plan):
+        out.print(f"note: {plain(line)}")
+    used = prices.spent(plan)
+    out.print(f"used so far: {used}" + (f"; to do: {price(plan, todo)}" if todo else "; nothing is missing"))
+
+
+def price(plan: Plan, todo: Sequence[Run]) -> str:
+    known = prices.Prices(plan)
+    stages: dict[str, Cost] = {}
+    unknown: Counter[str] = Counter()
+    for run in todo:
+        each = known.of(run)
+        if each is None:
+            unknown[run.stage] += 1
+        else:
+            stages[run.stage] = stages.get(run.stage, Cost()) + each
+    said = runs(len(todo))
+    if stages:
+        parts = ", ".join(f"{stage} {each}" for stage, each in stages.items())
+        said += f", about {cost.total(stages.values())} ({parts}), as {runs(known.looked_at)} took"
+    if unknown:
+        open_ones = ", ".join(f"{n} of {stage}" for stage, n in unknown.items())
+        said += f"; of unknown price, as none has finished: {open_ones}"
+    return said
 
 
 def runs(n: int) -> str:

@@ -18,7 +18,7 @@ import yaml
 
 from contract import rundir
 from contract.settings.checks import SettingsError
-from launcher import CONFIGS, NotFound, Refused, backends, capsule, mirror, queues, rundirs, show
+from launcher import CONFIGS, NotFound, Refused, backends, capsule, filling, mirror, queues, rundirs, show
 from launcher.plan import Plan, Queued, Run, absolute, check_data
 from launcher.rundirs import Found, Submission
 
@@ -40,6 +40,8 @@ def plan(args: argparse.Namespace) -> int:
         return 0
     out = show.console(args.no_color)
     show.plan(out, found)
+    if found.study:
+        show.study(out, found, found.todo())
     words = shlex.join(args.words)
     verb = "fill" if found.todo() else "table" if found.study else "status"
     out.print(f"next: python launcher.py {verb} {words}")
@@ -47,7 +49,23 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def fill(args: argparse.Namespace) -> int:
+    if filling.wanted(args):
+        return filling.fill(args, lambda: _plan(args), _start)
     return _start(_plan(args), args)
+
+
+def adopted(args: argparse.Namespace) -> int:
+    from launcher import adopt
+
+    found = _plan(args)
+    made = adopt.adopt(found, args)
+    if not args.dry_run:
+        adopt.write(found, made)
+    for each in made:
+        what = ", ".join(f"{key}={value:g}" for key, value in each.metrics.items()) or "encoder.pt"
+        print(f"{each.run.stage} seed={each.run.settings.seed} {each.run.identity}  {what}  from {each.sources[0]}")
+    print(f"{len(made)} runs {'would be ' if args.dry_run else ''}imported", file=sys.stderr)
+    return 0
 
 
 def retry(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,3 +139,44 @@ def build(root: Path) -> House:
     (root / "analysis" / "ingest.py").write_text(INGEST)
     (root / "analysis" / "tables.py").write_text("import sys\nprint(*sys.argv[1:])\nsys.exit(7)\n")
     return House(root, root / "runs")
+
+
+STEPS = """
+import atexit, os, sys
+at, steps = int(os.environ.get("DIE_AT", "-1")), 0
+done = ("os.rename", "os.mkdir", "os.symlink", "os.link", "os.remove", "os.rmdir", "os.utime", "subprocess.Popen")
+
+def step(event, words):
+    global steps
+    if event in done or (event == "open" and isinstance(words[2], int) and words[2] & (os.O_WRONLY | os.O_RDWR)):
+        if at == steps:
+            os.kill(os.getpid(), 9)
+        steps += 1
+
+def tell():
+    with open(os.environ["COUNT"], "w") as file:
+        file.write(str(steps))
+
+if os.environ.pop("HERE", None):  # the launcher, not what it calls
+    sys.addaudithook(step)
+    atexit.register(tell)
+"""
+
+
+def killed_at_any_step(house: House, words: list[str], tmp_path: Path, times: int) -> Iterator[str]:
+    """Say ``words``, kill the launcher with -9 at one of the things it does to files and processes, say them again; at
+    ``times`` places, the last few among them. The caller looks at what is queued, and clears it away."""
+    (tmp_path / "sitecustomize.py").write_text(STEPS)
+
+    def launch(**more: str) -> int:
+        env = {**house.environ(), "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "HERE": "1"}
+        env |= {"COUNT": str(tmp_path / "steps"), **more}
+        return subprocess.run([sys.executable, "launcher.py", *words], cwd=house.root, env=env, check=False).returncode
+
+    assert launch() == 0
+    steps = int((tmp_path / "steps").read_text())
+    yield "not killed at all"
+    for at in sorted({*range(0, steps, max(1, steps // times)), *range(steps - 4, steps)}):
+        launch(DIE_AT=str(at))
+        assert launch() == 0
+        yield f"killed at step {at} of {steps}"

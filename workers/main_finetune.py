@@ -139,6 +139,7 @@ def schedules(settings: Settings) -> dict[str, Callable[[float], float]]:
 def evaluate(model: Classifier, loader: DataLoader[Any], prepare: Any, amp: str = "none") -> dict[str, float]:
     """Top-1, top-5 and loss over all ranks, every picture counted once."""
     model.eval()
+    distributed.agree(model.buffers())  # a rank's own running estimates are a step ahead of those that are saved
     device = distributed.device()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in loader:

@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
@@ -131,7 +134,7 @@ def test_tests_are_paired_where_seeds_are_shared() -> None:
 def test_reported_figures_stand_below_their_row(make_study: MakeStudy) -> None:
     reported = [{"row": "random encoder", "column": "1-NN", "value": 67.4, "source": "Table 2"}]
     grid = tables.grid(tables.load(make_study(reported=reported)))
-    assert [cell.text for cell in grid.rows[1]] == ["random encoder, reported", "67.4 [1]", ""]
+    assert [cell.text for cell in grid.rows[1]] == ["random encoder, reported", "67.4 [1] (Δ −16.4)", ""]
     assert grid.notes[-1] == "[1] Table 2"
 
 
@@ -197,10 +200,15 @@ def test_latex_escapes_and_names_the_runs(make_study: MakeStudy, capsys: pytest.
     assert "% new line, ± | 1-NN: 0=bb020 1=bb021 2=bb022" in shown
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
 def test_latex_compiles(make_study: MakeStudy, tmp_path: Path) -> None:
+    if shutil.which("pdflatex") is None:
+        assert "latex" not in os.environ.get("SIGHTLINE_REQUIRE", "").split(","), "pdflatex is required here"
+        pytest.skip("no pdflatex here")
     table = tmp_path / "table.tex"
-    assert tables.main(["--manifest", str(make_study(rows=NASTY)), "--output", str(table)]) == 0
+    layout = {"groups": {"A & b": [NASTY[1]], "Last": [NASTY[2]]}, "interval": "iqm", "overall": ["1-NN"]}
+    reported = [{"row": NASTY[1], "column": "1-NN", "value": 99.5, "source": "Table 2_b, 5 %"}]
+    manifest = make_study(rows=NASTY, layout=layout, reported=reported)
+    assert tables.main(["--manifest", str(manifest), "--output", str(table)]) == 0
     page = tmp_path / "page.tex"
     page.write_text(r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{table}\end{document}")
     subprocess.run(["pdflatex", "-halt-on-error", page.name], cwd=tmp_path, check=True, capture_output=True)
@@ -216,6 +224,123 @@ def test_a_cell_lists_its_runs(make_study: MakeStudy, capsys: pytest.CaptureFixt
     ]
     lines = said(capsys, "--manifest", manifest, "--cell", "random encoder", "1-NN", "--json").splitlines()
     assert json.loads(lines[2])["value"] == 0.52
+
+
+def test_a_cell_says_what_differs_where_it_ran_and_for_how_long(
+    output_dir: Path, make_study: MakeStudy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = make_study()
+    for seed, host, seconds in ((0, "n1", 3600), (1, "n2", 1800)):
+        folder = output_dir / "main_knn" / f"bb00{seed}"
+        end = {"event": "end", "attempt": "a2", "time": 2e9, "host": f"{host}/pid:[1]", "seconds": seconds}
+        journal = rundir.Journal(rundir.attempts_file(folder, 0))
+        journal.append(end | {"gpu_seconds": 2 * seconds})
+        journal.close()
+    pretraining = rundir.Journal(rundir.attempts_file(output_dir / "main_lmim" / "aaa00", 0))
+    pretraining.append({"event": "end", "attempt": "a2", "time": 2e9, "host": "n3", "seconds": 3600, "gpu_seconds": 0})
+    pretraining.close()
+    (output_dir / "main_knn" / "bb002" / rundir.CONFIG).write_text(
+        "seed: 2\nworker: main_knn\nk: [1]\nenv: {ngpu: 3}\n"
+    )
+    shown = said(capsys, "--manifest", manifest, "--cell", "random encoder", "1-NN", "--format", "md")
+    assert "| h n1 | 2 GPU-h |" in shown
+    assert "3 GPU-h + 1 CPU-h with the runs that they were built upon" in shown
+    assert r"differ in k: (not set) \| \[1\]" in shown
+    assert "ngpu" not in shown
+    source = said(capsys, "--manifest", manifest, "--format", "latex")
+    assert "% commit abc; 3 GPU-h + 1 CPU-h with pretraining; on h, n1, n2, n3" in source
+
+
+def test_rows_stand_in_groups_and_bold_may_be_given_within_them(
+    make_study: MakeStudy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ("a", "b", "c", "d")
+    layout = {"groups": {"First": ["a", "b"], "Second": ["d"]}, "bold": "group"}
+    manifest = make_study(rows=rows, layout=layout)
+    shown = said(capsys, "--manifest", manifest, "--format", "md")
+    body = [line for line in shown.splitlines() if line.startswith("|")][2:]
+    assert [line.split("|")[1].strip() for line in body] == ["c", "*First*", "a", "b", "*Second*", "d"]
+    assert [("**" in line) for line in body] == [False, False, False, True, False, False]
+    assert "every other row of its group" in shown
+    assert "First" in said(capsys, "--manifest", manifest)
+    assert r"\multicolumn{3}{l}{\textit{First}}" in said(capsys, "--manifest", manifest, "--format", "latex")
+    assert '<th colspan="3" class="group">First</th>' in said(capsys, "--manifest", manifest, "--format", "html")
+    manifest = rundir.read_json(manifest) | {"layout": {"bold": "none"}}
+    assert "**" not in str(manifest)
+
+
+def test_bootstrap_intervals_and_the_column_over_columns(make_study: MakeStudy) -> None:
+    table = tables.load(make_study(layout={"interval": "iqm", "overall": ["1-NN", "linear probe"]}))
+    assert tables.text(table.cells["random encoder", "1-NN"], table.layout) == "51.0 [50.0, 52.0]"
+    shown = tables.grid(table)
+    assert shown.head[-1] == "IQM"
+    assert shown.rows[0][-1].text.startswith("56.0 [55.")
+    assert any("stratified bootstrap" in note for note in shown.notes)
+
+
+def test_a_column_may_have_digits_and_a_unit_of_its_own(make_study: MakeStudy, output_dir: Path) -> None:
+    manifest = make_study()
+    values = rundir.read_json(manifest)
+    values["columns"][1] |= {"digits": 3, "percent": False}
+    rundir.write_json(manifest, values)
+    row = tables.grid(tables.load(manifest)).rows[0]
+    assert [cell.text for cell in row[1:]] == ["51.0 ± 2.5", "0.610 ± 0.025"]
+
+
+def test_what_was_taken_over_is_marked_with_its_source(
+    output_dir: Path, make_study: MakeStudy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = make_study()
+    path = output_dir / "main_knn" / "bb001" / rundir.RUN
+    rundir.write_json(path, rundir.read_json(path) | {"imported": {"source": "old.csv, line 3"}, "code": {"hash": ""}})
+    table = tables.load(manifest)
+    assert tables.text(table.cells["random encoder", "1-NN"], table.layout) == "51.0 ± 2.5‡"  # and not mixed
+    shown = said(capsys, "--manifest", manifest, "--cell", "random encoder", "1-NN")
+    assert "seed 1: from old.csv, line 3" in shown
+    assert "% seed 1 from old.csv, line 3" in said(capsys, "--manifest", manifest, "--format", "latex")
+
+
+def test_a_run_directory_that_was_changed_by_hand_is_left_out_with_a_line(
+    output_dir: Path, make_study: MakeStudy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = make_study()
+    path = output_dir / "main_knn" / "bb001" / rundir.RUN
+    rundir.write_json(path, rundir.read_json(path) | {"seed": 7})
+    table = tables.load(manifest)
+    assert tables.text(table.cells["random encoder", "1-NN"], table.layout).endswith("(2/3)")
+    assert f"{path}: seed 7, where the study has 1: changed by hand; left out" in capsys.readouterr().err
+
+
+def test_a_watched_table_is_drawn_again_as_cells_fill(output_dir: Path, make_study: MakeStudy, tmp_path: Path) -> None:
+    manifest = make_study()
+    done = output_dir / "main_knn" / "bb001" / rundir.DONE
+    kept = done.read_text()
+    done.unlink()
+    next(done.parent.glob("attempts.*")).unlink()  # as if it still waited
+    code = "import sys; from analysis import tables; sys.exit(tables.main(sys.argv[1:]))"
+    words = ["--manifest", str(manifest), "--format", "md", "--watch", "0.1"]
+    root = Path(tables.__file__).parents[1]
+    process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=root, text=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    first = ""
+    while "(2/3)" not in first:
+        line = process.stdout.readline()
+        assert line, first
+        first += line
+    done.write_text(kept)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "51.0 ± 2.5 |" in rest
+
+
+def test_parquet_holds_the_records(make_study: MakeStudy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.parquet"
+    manifest = make_study()
+    assert tables.main(["--manifest", str(manifest), "--output", str(path)]) == 0
+    found = pd.read_parquet(path)
+    assert list(found["mean"]) == [record["mean"] for record in tables.records(tables.load(manifest))]
+    assert tables.main(["--manifest", str(manifest), "--format", "parquet"]) == 2
+    assert "add --output FILE" in capsys.readouterr().err
 
 
 def test_the_suffix_says_the_format(make_study: MakeStudy, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_names_that_a_shell_would_read_are_only_names(house, tmp_path):
             2,
             "error: data_path=/no/where: no such folder",
         ),
-        (["worker=main_lmim", "env.lsf=True"], 3, "error: env.scheduler=lsf: submission is not built yet"),
+        (["worker=main_lmim", "env.lsf=True"], 3, "error: bsub: no such program"),
         (["worker=main_lmim", "env.nodes=2"], 2, "error: env.nodes"),
         (["plan", "nothing"], 2, "error: study=nothing: unknown"),
         (["plan", "../../etc/passwd"], 2, "error: study=../../etc/passwd: unknown"),

@@ -1,6 +1,6 @@
 """The launcher against LSF's stand-in: whatever LSF does, every run exists once, ends once, and people are told."""
 
-import json
+import shutil
 import subprocess
 import sys
 import time
@@ -8,7 +8,7 @@ import time
 import pytest
 
 from contract import rundir
-from tests.house import ROOT
+from tests.house import ROOT, killed_at_any_step
 
 CPU = "env.ngpu=0"
 LSF = ["worker=main_lmim", "env=lsf", CPU]
@@ -221,10 +221,7 @@ def test_code_that_is_edited_later_does_not_reach_what_is_queued(house, lsf):
     house.run(*LSF, "env.extra.H=true")
     worker = house.root / "workers" / "main_lmim.py"
     worker.write_text(worker.read_text().replace("VERSION 1", "VERSION 2"))
-    state = lsf.state()
-    (job,) = state["jobs"].values()
-    job["elements"]["1"]["stat"] = "PEND"
-    (lsf.folder / "state.json").write_text(json.dumps(state))
+    lsf.call("bresume", *lsf.state()["jobs"])
     house.wait_for(lambda: house.all("finished"))
     assert "VERSION 1" in (house.runs()[0] / "log.txt").read_text()
 
@@ -262,3 +259,31 @@ def test_a_run_that_others_hold_is_waited_for(house, lsf):
     house.wait_for(lambda: house.all("finished"))
     assert house.steps(house.runs()[0]) == [*range(1, 41)]
     assert number
+
+
+def test_killed_at_any_step_of_a_submission_and_said_again_every_run_is_queued_once(house, lsf, tmp_path):
+    words = [*LSF, "seed=0,1", "then=[main_knn]", "env.extra.H=true", "-q"]
+    for step in killed_at_any_step(house, words, tmp_path, 5):
+        assert lsf.stats() == ["PSUSP"] * 4, step
+        lsf.call("bkill", "0")
+        (lsf.folder / "state.json").unlink()
+        shutil.rmtree(house.out)
+
+
+def test_two_hosts_of_two_processes(house, lsf):
+    """LSF starts the first host's supervisor, which starts the other's; both hosts are this machine."""
+    lsf.profile(hosts=["localhost", "127.0.0.1"])
+    (lsf.folder / "bin" / "blaunch").write_text(
+        '#!/bin/sh\n[ "$1 $2" = "-z 127.0.0.1" ] || exit 2\nshift 2\nexec "$@"\n'
+    )
+    (lsf.folder / "bin" / "blaunch").chmod(0o755)
+    shutil.rmtree(house.root / "workers")
+    shutil.copytree(ROOT / "workers", house.root / "workers", ignore=shutil.ignore_patterns("__pycache__"))
+    tiny = ["data=fake", "data.size=16", "data.length=96", "grid_size=4", "num_vis=5", "batch_size=8", "epochs=2"]
+    house.run(*LSF, *tiny, "env.nodes=2", "env.nproc=2", "env.threads=1")
+    house.wait_for(lambda: house.all("finished"), 120)
+    (folder,) = house.runs()
+    assert rundir.read_run(folder)["processes"] == 4
+    assert (folder / "attempts.1.jsonl").exists()
+    house.wait_for(lsf.idle)
+    assert lsf.stats() == ["DONE"]

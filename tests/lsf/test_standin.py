@@ -58,6 +58,9 @@ def test_what_is_read_of_a_script(lsf, lines, found):
         ("#BSUB -J 'a[3-1]'", "Job array index error. Job not submitted."),
         ("#BSUB -J 'a[0-3]'", "Job array index error. Job not submitted."),
         ("#BSUB -J 'a[1-1001]'", "Job array index too large. Job not submitted."),
+        ("#BSUB -app nosuch", "nosuch: No such application profile. Job not submitted."),
+        ("#BSUB -wa Q", "Bad job warning action or time. Job not submitted."),
+        ("#BSUB -R 'select[nonsense]'", "Bad resource requirement syntax. Job not submitted."),
         ("#BSUB -G nobody", "Request aborted by esub. Job not submitted."),
     ],
 )

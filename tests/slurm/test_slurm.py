@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from contract import rundir
-from tests.house import ROOT
+from tests.house import ROOT, killed_at_any_step
 
 CPU = "env.ngpu=0"
 SLOW = {"FAKE_STEP_S": "0.2"}
@@ -299,48 +299,14 @@ def test_a_run_root_that_cannot_be_written(house, cluster):
     assert cluster.queue() == []
 
 
-STEPS = """
-import atexit, os, sys
-at, steps = int(os.environ.get("DIE_AT", "-1")), 0
-done = ("os.rename", "os.mkdir", "os.symlink", "os.link", "os.remove", "os.rmdir", "os.utime", "subprocess.Popen")
-
-def step(event, words):
-    global steps
-    if event in done or (event == "open" and isinstance(words[2], int) and words[2] & (os.O_WRONLY | os.O_RDWR)):
-        if at == steps:
-            os.kill(os.getpid(), 9)
-        steps += 1
-
-def tell():
-    with open(os.environ["COUNT"], "w") as file:
-        file.write(str(steps))
-
-if os.environ.pop("HERE", None):  # the launcher, not what it calls
-    sys.addaudithook(step)
-    atexit.register(tell)
-"""
-
-
 def test_killed_at_any_step_of_a_submission_and_said_again_every_run_is_queued_once(house, cluster, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(STEPS)
     words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=0,1", "then=[main_knn]", "env.extra.hold=true", "-q"]
-
-    def launch(**more: str) -> subprocess.Popen:
-        env = {**house.environ(), "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "HERE": "1"}
-        env |= {"COUNT": str(tmp_path / "steps"), **more}
-        return subprocess.Popen([sys.executable, "launcher.py", *words], cwd=house.root, env=env)
-
-    assert launch().wait() == 0
-    steps = int((tmp_path / "steps").read_text())
-    assert steps > 20
-    for at in sorted({*range(0, steps, max(1, steps // 9)), *range(steps - 4, steps)}):
+    for step in killed_at_any_step(house, words, tmp_path, 9):
+        assert len(cluster.queue()) == 4, step
+        assert {state for _, _, state in house.states(code=101)} == {"queued"}
         cluster.empty()
         house.wait_for(lambda: not cluster.queue())
         shutil.rmtree(house.out)
-        launch(DIE_AT=str(at)).wait()
-        assert launch().wait() == 0
-        assert len(cluster.queue()) == 4, f"killed at step {at} of {steps}"
-        assert {state for _, _, state in house.states(code=101)} == {"queued"}
 
 
 @pytest.mark.parametrize("where", ["slurm", "local"])

@@ -148,6 +148,25 @@ def gather_equal(values: Tensor) -> Tensor:
     return everyone
 
 
+class _GatherEqual(torch.autograd.Function):
+    """``gather_equal``, through which gradients flow: every rank's loss depends on every rank's rows."""
+
+    @staticmethod
+    def forward(_: Any, values: Tensor) -> Tensor:
+        return gather_equal(values)
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> Tensor:
+        return total(grads[0].contiguous()).chunk(world_size())[rank()]
+
+
+def gather_with_gradient(values: Tensor) -> Tensor:
+    """``gather_equal`` with gradients: the sum over the ranks of what their losses say about these rows, so that the
+    mean that data-parallel training makes of the ranks' gradients is that of the mean of their losses."""
+    out: Tensor = _GatherEqual.apply(values) if world_size() > 1 else values
+    return out
+
+
 def from_first(value: Any) -> Any:
     """What rank 0 has, on every rank; for small plain data."""
     if not dist.is_initialized():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from contract import rundir
 from contract.settings import Training
+from workers.data import Pictures
 from workers.data.loader import Transform
 from workers.models import Encoder
 
@@ -42,31 +43,36 @@ def main(
     schedules: Callable[[S], Mapping[str, Schedule]],
     groups: Callable[[Any, S], list[dict[str, Any]]],
     optimizer: Callable[[list[dict[str, Any]], S], torch.optim.Optimizer] = _adamw,
-    finish: Callable[[S], Callable[[Any], Tensor]] | None = None,
+    finish: Callable[[S, Pictures], Callable[[Any], Any]] | None = None,
     draw: Callable[[Any, Tensor, Path], None] | None = None,
+    measure: Callable[[S], Callable[[Encoder], Mapping[str, float]]] | None = None,
 ) -> None:
     """Train ``build(settings)``, whose attribute ``encoder`` is what is kept, and look at it by nearest neighbours.
 
-    ``finish(settings)`` makes, on the device, the model's batch of what ``transform`` gave; None: normalised pictures.
+    ``finish(settings, train)`` makes, on the device, what the method takes of the loader's (what ``transform`` gave,
+    labels, indices); without it that is the pictures, normalised. ``measure(settings)`` measures the encoder by more
+    than its neighbours; all ranks call it.
 
     ``draw(model, images, folder)`` may leave pictures of what was learned in ``figures/``.
     """
     with open_run(cls) as run:
         settings = run.settings
-        prepare = pictures.normaliser(settings)
         train, val = pictures.load(settings, "train", labelled=False), pictures.load(settings, "val")
         loader = pictures.shuffled(settings, train, transform(settings), settings.batch_size)
         val_loader = pictures.in_order(settings, val, eval_transform(settings))
 
         torch.manual_seed(distributed.fold(settings.seed))  # the same weights on every rank
         method = build(settings).to(distributed.device())
-        finished_batch = prepare if finish is None else finish(settings)
+        prepare = pictures.normaliser(settings, method.encoder)
+        finished_batch = finish(settings, train) if finish else lambda batch: prepare(batch[0])
+        more = measure(settings) if measure else lambda _: {}
         updates = optimizer(groups(method, settings), settings)
         checkpoint = Checkpoint(run.folder / rundir.CHECKPOINT, run.journal, model=method, optimizer=updates)
 
         def evaluate() -> dict[str, float]:
             distributed.agree(method.encoder.buffers())  # BatchNorm's estimates are a step ahead of those saved
-            return {"knn/loo1": probe.leave_one_out(*probe.features(method.encoder, val_loader, prepare))}
+            knn = {"knn/loo1": probe.leave_one_out(*probe.features(method.encoder, val_loader, prepare))}
+            return knn | dict(more(method.encoder))
 
         finished = fit(
             distributed.wrap(method),
@@ -75,7 +81,7 @@ def main(
             epochs=settings.epochs,
             schedules=schedules(settings),
             checkpoint=checkpoint,
-            prepare=lambda batch: finished_batch(batch[0]),
+            prepare=finished_batch,
             track=run.track,
             stop=run.stop,
             seed=settings.seed,

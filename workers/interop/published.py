@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from workers import models
-from workers.interop import lmim
+from workers.interop import lmim, moco
 from workers.models import Encoder, Plain
 from workers.models.vit import interpolated
 
@@ -40,6 +40,8 @@ def encoder(saved: Mapping[str, Any], *, key: str | None = None, heads: int | No
     file does not say. Raises ValueError in one line, naming the keys.
     """
     state, entry = weights(saved, key)
+    if moco.prefixes(state):
+        return moco.encoder(state, key=None if key == entry else key)
     state, prefix, left = network(state, key)
     if key not in (None, entry, *prefix.split(".")):
         raise ValueError(f"checkpoint_key={key}: neither an entry nor a network; it holds {_few(saved)}")
@@ -163,7 +165,7 @@ def resized(encoder: Encoder, image_size: int) -> Encoder:
     if image_size == encoder.image_size:
         return encoder
     state, kwargs = encoder.state_dict(), dict(encoder.kwargs)
-    if encoder.name == "timm_model":
+    if encoder.name in ("timm_model", "resnet"):
         kwargs["image_size"] = image_size
     else:
         patch = encoder.image_size // encoder.grid[0]

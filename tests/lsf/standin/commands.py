@@ -81,8 +81,9 @@ def _dependencies(job: dict[str, Any], now: dict[str, Any]) -> None:
     terms = re.findall(r"(done|ended|exit)\((\d+)(\[\*\])?\)", job["after"])
     if "&&".join(f"{kind}({number}{star})" for kind, number, star in terms) != job["after"].replace(" ", ""):
         raise parse.Refused(f"{job['after']}: Dependency condition syntax error. Job not submitted.")
-    for _, number, _ in terms:
-        if not state.elements(now, [number])[0]:
+    for _, number, star in terms:
+        rows = state.elements(now, [number])[0]
+        if not rows or (star and not rows[0][0]["indexes"]):
             raise parse.Refused(f"{number}: No matching job found. Job not submitted.")
 
 
@@ -213,6 +214,8 @@ def brequeue(words: list[str], _fault: dict[str, Any]) -> None:
 def bstop(words: list[str], _fault: dict[str, Any]) -> None:
     with state.opened() as now:
         for word, rows in _chosen(words, now):
+            if not rows:
+                fail(f"Job <{word}>: No matching job found")
             for _, _, element in rows:
                 element["stop"] = True
             print(f"Job <{word}> is being stopped")
@@ -221,8 +224,13 @@ def bstop(words: list[str], _fault: dict[str, Any]) -> None:
 def bresume(words: list[str], _fault: dict[str, Any]) -> None:
     with state.opened() as now:
         for word, rows in _chosen(words, now):
+            if not rows:
+                fail(f"Job <{word}>: No matching job found")
             for _, _, element in rows:
-                element["resume"] = True
+                if element["stat"] == "PSUSP":
+                    element["stat"] = "PEND"
+                else:
+                    element["resume"] = True
             print(f"Job <{word}> is being resumed")
 
 

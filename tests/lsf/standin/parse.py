@@ -31,7 +31,10 @@ def options(words: list[str], script: str | None) -> tuple[dict[str, Any], list[
     said, command = _read(words, strict=True)
     if script is not None:
         for line in lines(script):
-            split = shlex.split(line, comments=True)
+            try:
+                split = shlex.split(line, comments=True)
+            except ValueError:  # a quote that nothing closes
+                split = line.split()
             if not split:
                 continue
             if not split[0].startswith("-"):
@@ -91,6 +94,15 @@ def check(said: dict[str, Any], profile: dict[str, Any]) -> dict[str, Any]:
     _gpu(said.get("gpu"))
     if "r" in said and "rn" in said:
         raise Refused("The -r and -rn options cannot be used together. Job not submitted.")
+    if "app" in said:
+        raise Refused(f"{said['app']}: No such application profile. Job not submitted.")
+    if not re.fullmatch(r"(\d+:)?\d+", said.get("wt", "0")) or said.get("wa", "USR2") not in (
+        "USR1",
+        "USR2",
+        "TERM",
+        "INT",
+    ):
+        raise Refused("Bad job warning action or time. Job not submitted.")
     if "Q" in said and not re.fullmatch(r"(EXCLUDE\(\d+\)|all|~?\d+)( (EXCLUDE\(\d+\)|~?\d+))*", said["Q"]):
         raise Refused(f"{said['Q']}: Bad requeue exit values. Job not submitted.")
     if "m" in said and said["m"] not in profile["hosts"]:
@@ -133,7 +145,7 @@ def _resources(text: str) -> None:
             raise bad
         if match[1] == "select":
             for part in match[2].split(" && "):
-                if not re.fullmatch(rf"gpuhost|mem>{UNIT}|hname!='[\w.-]+'|\w+", part):
+                if not re.fullmatch(rf"gpuhost|mem>{UNIT}|hname!='[\w.-]+'|ngpus>\d+", part):
                     raise bad
         rest = rest[match.end() :]
     if len(seen) != len(set(seen)) or "select" in seen[1:]:
