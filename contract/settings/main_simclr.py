@@ -3,6 +3,7 @@ defaults train on the embedded digits in minutes; the published runs: ``recipe=b
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from contract.settings import Training
 from contract.settings.checks import SettingsError, above, at_least
 from contract.settings.resnet import Arch, Stem
 from contract.settings.views import Views
+
+ENDS = 1 << 20  # bytes at the beginning and at the end of a file of maps by which it is known
 
 
 @dataclass(kw_only=True)
@@ -79,11 +82,24 @@ class Settings(Views, Training):
         return True  # BatchNorm
 
     def science(self) -> dict[str, Any]:
-        """The same effective batch by accumulation has fewer pictures to tell apart. Maps are known by the name of the
-        file or folder, which is the identity of the run that made them, wherever they lie."""
+        """The same effective batch by accumulation has fewer pictures to tell apart. A run that made maps is known by
+        its identity, and a file by its name and what is in it, wherever they lie."""
         found = super().science()
         if self.accum_iter not in (None, 1):
             found["accum_iter"] = self.accum_iter
         if self.saliency_path is not None:
-            found["saliency_path"] = Path(self.saliency_path).name
+            found["saliency_path"] = _known_as(Path(self.saliency_path))
         return found
+
+
+def _known_as(path: Path) -> str:
+    """Its name, and for a file that is here its size and a hash of its two ends: gigabytes are not read for this."""
+    if not path.is_file():
+        return path.name
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        ends = b""
+        for at in (0, max(size - ENDS, 0)):
+            file.seek(at)
+            ends += file.read(ENDS)
+    return f"{path.name}:{size}:{hashlib.blake2b(ends, digest_size=6).hexdigest()}"

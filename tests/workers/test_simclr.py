@@ -180,3 +180,14 @@ def test_maps_are_made_and_trained_with(make_run, work, tmp_path):
 def test_the_published_linear_evaluation_can_be_asked_for():
     said = Linear(epochs=500, lr=3e-4, image_size=224, bn_mode="train", drop_last=True)
     assert Settings(worker="main_simclr", linear=said).linear.drop_last
+
+
+def test_two_files_of_maps_with_one_name_are_two_sciences(tmp_path):
+    known = []
+    for folder, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "maps.npy"
+        path.write_bytes(content)
+        said = {"worker": "main_simclr", "augment": "saliency_crop", "saliency_path": str(path)}
+        known.append(contract.settings.read(said).science()["saliency_path"])
+    assert known[0] == known[2] != known[1]
