@@ -10,17 +10,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 import yaml
 
 import contract.settings
 from contract import rundir
-from contract.settings import Settings
+from contract.settings import Settings, Training
 from contract.settings.checks import SettingsError
 from workers.data import DataError
 
@@ -31,6 +31,7 @@ from .fit import NotFinite
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Settings)
+T = TypeVar("T", bound=Training)
 
 FOR_THE_USER = (SettingsError, DataError, EncoderError, CheckpointError, NotFinite, rundir.RunDirError, OSError)
 """Errors whose message says it all; the traceback still goes to the log."""
@@ -75,6 +76,45 @@ class Run(Generic[S]):
                 done["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
             rundir.write_json(self.folder / rundir.DONE, done)
             log.info("finished: %s", json.dumps(done["metrics"]))
+
+
+class Loop(TypedDict):
+    """What ``fit`` is told by the settings alone."""
+
+    epochs: int
+    most: int | None
+    track: Callable[[int, int, Mapping[str, float]], None]
+    stop: Callable[[], bool]
+    seed: int
+    accumulate: int
+    amp: str
+    clip: float | None
+    log_every: int
+    checkpoint_minutes: float
+    checkpoint_epochs: int | None
+
+
+def loop(run: Run[T]) -> Loop:
+    settings = run.settings
+    return Loop(
+        epochs=settings.epochs,
+        most=settings.smoke,
+        track=run.track,
+        stop=run.stop,
+        seed=settings.seed,
+        accumulate=settings.accum_iter or 1,
+        amp=settings.amp,
+        clip=settings.clip_grad,
+        log_every=settings.log_every,
+        checkpoint_minutes=settings.checkpoint_minutes,
+        checkpoint_epochs=settings.checkpoint_epochs,
+    )
+
+
+def steps(settings: Training, batches: int) -> int:
+    """How many the training takes, with so many batches an epoch."""
+    whole = settings.epochs * (batches // (settings.accum_iter or 1))
+    return whole if settings.smoke is None else min(settings.smoke, whole)
 
 
 @contextlib.contextmanager
