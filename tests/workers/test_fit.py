@@ -229,7 +229,7 @@ def test_the_first_steps_alone_are_those_of_the_whole(tmp_path):
     train(tmp_path / "whole")
     done, _ = train(tmp_path / "first", most=15)  # into the second epoch
     assert done
-    assert lines(tmp_path / "first") == lines(tmp_path / "whole")[:15]
+    assert lines(tmp_path / "first") == lines(tmp_path / "whole")[:3]  # every fifth step has a line
     done, rest = train(tmp_path / "first")
     _, whole = train(tmp_path / "whole")
     assert torch.equal(rest.layer.weight, whole.layer.weight)
