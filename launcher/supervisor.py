@@ -10,6 +10,7 @@ below it ignores USR2: schedulers signal every process of a job, and being ignor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import os
@@ -28,6 +29,7 @@ import contract.settings
 from contract import rundir
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
+from launcher import why
 from launcher.processes import kill_tree
 
 if TYPE_CHECKING:
@@ -157,28 +159,33 @@ class Supervisor:
         started = time.monotonic()
         record = {"attempt": owner.attempt, "host": rundir.this_host(), "job": job}
         with (self.folder / rundir.LOG).open("ab", buffering=0) as log:
+            at = log.tell()
+            begin = {"time": time.time(), "pid": os.getpid(), "step": self._step(), "log": at}
+            if self.job:
+                print(why.MARKER.format(attempt=owner.attempt, identity=self.folder.name), flush=True)
             child = self._start(settings, owner.attempt, log)
-            journal.append({"event": "start", **record, "time": time.time(), "pid": os.getpid(), "step": self._step()})
+            journal.append({"event": "start", **record, **begin})
             try:
                 cause = self._watch(child, owner, settings.env.grace_s)
             finally:
                 if child.poll() is None:
                     kill_tree(child.pid)  # nothing of this attempt outlives it
                 status = child.wait()
+        late = {"asked": settings.env.grace_s} if cause == "killed" and self.asked < 2 else {}
         if cause is None:
             if status:
                 cause = "killed" if status < 0 else "failed"
             else:
                 cause = "finished" if (self.folder / rundir.DONE).exists() else "stopped"
         seconds = time.monotonic() - started
+        ends = {"cause": cause, "exit": max(status, 0), "signal": max(-status, 0) or None, **late}
         journal.append(
             {
                 "event": "end",
                 **record,
                 "time": time.time(),
-                "cause": cause,
-                "exit": max(status, 0),
-                "signal": max(-status, 0) or None,
+                **ends,
+                **self._why({**record, **ends}, settings, at),
                 "seconds": round(seconds, 3),
                 "peak_rss_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
                 "gpu_seconds": round(seconds * (settings.env.ngpu or 0), 3),
@@ -189,6 +196,16 @@ class Supervisor:
         if cause == "stopped" and self._told_by_a_person():
             return NOT_ALLOWED
         return {"finished": FINISHED, "stopped": AGAIN, "busy": AGAIN}.get(cause, FAILED)
+
+    def _why(self, end: Mapping[str, Any], settings: Settings, begin: int) -> dict[str, Any]:
+        """What the end record says of a failure. The log may hold anything; nothing in it may cost us the record."""
+        with contextlib.suppress(Exception):
+            if end["cause"] == "stopped" and self._near_the_end():
+                return {"why": why.TIME}
+            if end["cause"] in ("failed", "killed", "stalled"):
+                said = why.tail(self.folder / rundir.LOG, begin)
+                return why.of_text(said, end, data_path=settings.data_path, processes=settings.env.processes).record()
+        return {}
 
     def _start(self, settings: Settings, attempt: str, log: Any) -> subprocess.Popen[bytes]:
         capsule = (self.folder / rundir.CAPSULE).resolve()
