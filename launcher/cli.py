@@ -152,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.rest = words[flags:]  # analysis reads these
     else:
         args = reader.parse_intermixed_args(words)
-    sys.exit(_run(verb or "launch", args))
+    args.verb = verb or "launch"
+    sys.exit(_run(args.verb, args))
 
 
 def _run(verb: str, args: argparse.Namespace) -> int:

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import cast
 
 from contract import rundir
-from launcher import NotQueued, Unavailable, backends, show
-from launcher.manifest import elements
+from launcher import NotQueued, Unavailable, backends, breaker, show
+from launcher.manifest import SUBMISSIONS, elements
 from launcher.plan import OPEN, Plan, Queued, State, look, with_queue
-from launcher.rundirs import SUBMISSIONS, Submission
+from launcher.rundirs import Submission
 
 
 def asked(output_dir: Path, clean: bool = True, patient: bool = False) -> dict[str, Queued]:
-    """What the schedulers hold. With ``clean``, jobs that wait for what will never be are taken out, to be queued anew;
-    with ``patient``, a scheduler that does not answer is only mentioned."""
+    """What the schedulers hold. With ``clean``, jobs that wait for what will never be, or that the breaker holds, are
+    taken out, to be queued anew; with ``patient``, a scheduler that does not answer is only mentioned."""
     try:
         queue = backends.queue(output_dir)
-        blocked = {identity: job for identity, job in queue.items() if job.state == "blocked"}
+        blocked = {identity: job for identity, job in queue.items() if _in_vain(output_dir, identity, job)}
         if clean and blocked:
             take_out(blocked)
     except Unavailable as error:
@@ -32,6 +32,13 @@ def asked(output_dir: Path, clean: bool = True, patient: bool = False) -> dict[s
         print(f"error: {error}\nwhat is queued is not known; this is what the files say", file=sys.stderr)
         return {}
     return {identity: job for identity, job in queue.items() if identity not in blocked}
+
+
+def _in_vain(output_dir: Path, identity: str, job: Queued) -> bool:
+    if job.state != "held":
+        return job.state == "blocked"
+    folders = output_dir.glob(f"*/{identity}")
+    return any(breaker.holds(folder, rundir.read_run(folder)) for folder in folders)
 
 
 def take_out(jobs: Mapping[str, Queued], others: Iterable[Queued] = ()) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import signal
 import sys
 import time
@@ -19,7 +20,9 @@ from rich.text import Text
 
 from contract import cost, rundir
 from contract.cost import Cost
+from launcher import canary as canaries
 from launcher import prices, remarks
+from launcher.canary import Measured
 from launcher.plan import STATES, Plan, Run
 from launcher.rundirs import Found
 
@@ -71,6 +74,12 @@ def plan(out: Console, plan: Plan) -> None:
         out.print(f"stale: made before these changed: {', '.join(changed[:4])}{more}; fill --stale makes them again")
 
 
+def canary(out: Console, first: Sequence[Run], rest: int) -> None:
+    stages = ", ".join(run.stage.removesuffix(" canary") for run in first)
+    which = f"seed={first[0].settings.seed} {first[0].identity}"
+    out.print(f"canary: {which} goes first, {first[0].settings.smoke} steps of {stages}; {runs(rest)} wait for it")
+
+
 def study(out: Console, plan: Plan, todo: Sequence[Run]) -> None:
     """Which cells are full, what is left to do and its price."""
     assert plan.study is not None
@@ -103,11 +112,43 @@ def price(plan: Plan, todo: Sequence[Run]) -> str:
     said = runs(len(todo))
     if stages:
         parts = ", ".join(f"{stage} {each}" for stage, each in stages.items())
-        said += f", about {cost.total(stages.values())} ({parts}), as {runs(known.looked_at)} took"
+        how = [f"as {runs(known.looked_at)} took"] if known.looked_at else []
+        how += [f"{', '.join(sorted(known.canaries))} by its canary"] if known.canaries else []
+        said += f", about {cost.total(stages.values())} ({parts}), {'; '.join(how)}"
     if unknown:
         open_ones = ", ".join(f"{n} of {stage}" for stage, n in unknown.items())
         said += f"; of unknown price, as none has finished: {open_ones}"
     return said
+
+
+def resources(plan: Plan, todo: Sequence[Run]) -> str | None:
+    """What canaries say of memory, of the time of a step, and of the disk that is needed and there is."""
+    of: dict[str, tuple[Measured, int]] = {}
+    for run in todo:
+        if run.stage in of:
+            of[run.stage] = of[run.stage][0], of[run.stage][1] + 1
+        elif found := canaries.of_stage(plan.output_dir, run):
+            of[run.stage] = found[0], 1
+    if not of:
+        return None
+    parts = []
+    for stage, (what, _) in of.items():
+        said = [f"{_size(what.peak_mb)} of memory a process"]
+        said += [f"{_size(what.gpu_mb)} on the GPU"] if what.gpu_mb else []
+        said += [f"{what.step_s:.2g} s a step, {what.steps:,} steps"] if what.step_s else []
+        parts.append(f"{stage} {', '.join(said)}")
+    needed = sum(what.disk_mb * n for what, n in of.values())
+    at = next(p for p in (plan.output_dir, *plan.output_dir.parents) if p.exists())
+    free = shutil.disk_usage(at).free / 2**20
+    short = "; NOT ENOUGH, prune or choose another output_dir" if needed > free else ""
+    return f"by canary: {'; '.join(parts)}; disk {_size(needed)}, free {_size(free)}{short}"
+
+
+def _size(megabytes: float) -> str:
+    for size, unit in ((2**20, "TB"), (2**10, "GB")):
+        if megabytes >= size:
+            return f"{megabytes / size:.3g} {unit}"
+    return f"{megabytes:.3g} MB"
 
 
 def runs(n: int) -> str:

@@ -18,7 +18,7 @@ import yaml
 
 from contract import rundir
 from contract.settings.checks import SettingsError
-from launcher import CONFIGS, NotFound, Refused, backends, capsule, filling, mirror, queues, rundirs, show
+from launcher import CONFIGS, NotFound, Refused, backends, canary, capsule, filling, mirror, queues, rundirs, show
 from launcher.plan import Plan, Queued, Run, absolute, check_data
 from launcher.rundirs import Found, Submission
 
@@ -40,8 +40,13 @@ def plan(args: argparse.Namespace) -> int:
         return 0
     out = show.console(args.no_color)
     show.plan(out, found)
+    todo = found.todo()
     if found.study:
-        show.study(out, found, found.todo())
+        show.study(out, found, todo)
+    elif todo:
+        out.print(f"to do: {show.price(found, todo)}")
+    if said := show.resources(found, todo):
+        out.print(said)
     words = shlex.join(args.words)
     verb = "fill" if found.todo() else "table" if found.study else "status"
     out.print(f"next: python launcher.py {verb} {words}")
@@ -136,7 +141,15 @@ def _start_in_turn(found: Plan, args: argparse.Namespace) -> int:
         if not args.quiet:
             out.print("nothing to do")
         return 0
-    submission, backend, code = _submission(found, todo, queue)
+    gate: tuple[str, ...] = ()
+    if args.verb != "retry" and canary.wanted(todo):
+        small = queues.told(dataclasses.replace(found, runs=tuple(canary.of(found, todo))), queue).runs
+        gate = tuple(run.identity for run in small if run.state != "reuse" or run in canary.to_run(small))
+        first = canary.to_run(small)
+        if gate and not args.quiet:
+            show.canary(out, first or small, len(todo))
+        found, todo = dataclasses.replace(found, runs=(*found.runs, *small)), [*first, *todo]
+    submission, backend, code = _submission(found, todo, queue, gate)
     if prepared:
         shutil.rmtree(prepared, ignore_errors=True)  # of a job that was killed over it
         submission = dataclasses.replace(submission, folder=prepared)
@@ -160,7 +173,7 @@ def _start_in_turn(found: Plan, args: argparse.Namespace) -> int:
 
 
 def _submission(
-    found: Plan, todo: Sequence[Run], queue: Mapping[str, Queued]
+    found: Plan, todo: Sequence[Run], queue: Mapping[str, Queued], gate: tuple[str, ...]
 ) -> tuple[Submission, backends.Backend, capsule.Capsule]:
     schedulers = {r.settings.env.scheduler for r in todo}
     if len(schedulers) > 1:
@@ -188,6 +201,7 @@ def _submission(
         slots=slots,
         fresh=frozenset(r.identity for r in todo if not r.folder.exists()),
         queue=queue,
+        canary=gate,
     )
     return submission, backend, code
 
