@@ -29,7 +29,7 @@ Groups (data=, env=, recipe=, worker=) choose a file below configs/.
 
 SELECTION = """\
 SELECTION: names of studies, sweeps or workers, beginnings of identities; narrowed down by index ranges (0,4-7), by
-:state (finished running queued waiting blocked stopped failed cancelled) and by key=value. output_dir=DIR: where.
+:state (finished running queued waiting blocked held stopped failed cancelled) and by key=value. output_dir=DIR: where.
 """
 
 EXITS = """\
@@ -94,6 +94,17 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
         flag("--seed", type=int, metavar="N", help="of a checkpoint; the study's first")
         flag("--stage", metavar="STAGE", help="of a checkpoint; the first that is built upon none")
         flag("--percent", action="store_true", help="the figures are per cent, the metrics fractions")
+    if verb == "status":
+        flag(
+            "-w",
+            "--watch",
+            type=float,
+            nargs="?",
+            const=10.0,
+            metavar="SECONDS",
+            help="again and again, until all is over",
+        )
+        flag("--fresh", action="store_true", help="ask the queue now, not at most every 30 seconds (SIGHTLINE_QUEUE_S)")
     if verb == "logs":
         flag("-f", "--follow", action="store_true", help="go on until the run ends")
     if verb == "ui":

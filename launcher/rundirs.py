@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import yaml
@@ -32,9 +33,10 @@ PLANNED = time.time()  # what is newer was made by others, after this process lo
 # -- making -----------------------------------------------------------------------------------------------------------
 
 
-def prepare(run: Run, submission: Submission, commit: str | None, study: str | None) -> None:
+def prepare(
+    run: Run, capsule: Path, commit: str | None, study: str | None, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """The directory of one run, ready for its supervisor. Raises RunDirError for one of another configuration."""
-    capsule, canary = submission.capsule, run.identity in submission.canary
     run.folder.mkdir(parents=True, exist_ok=True)
     if not rundir.write_once(run.folder / rundir.CONFIG, to_yaml(run.settings)):
         _go_on(run)
@@ -56,11 +58,9 @@ def prepare(run: Run, submission: Submission, commit: str | None, study: str | N
         "code": {"hash": run.code.hash, "files": dict(run.code.files)},
         "commit": commit,
         "capsule": capsule.name,
-        "submission": submission.folder.name,
         "submitted": time.time(),
+        **more,
     }
-    if submission.canary and not canary:
-        described["canary"] = list(submission.canary)
     rundir.write_json(run.folder / rundir.RUN, described | ({"study": study} if study else {}), sync=False)
 
 
@@ -131,11 +131,13 @@ class Submission:
 def write(submission: Submission, plan: Plan, commit: str | None) -> None:
     """Everything on the disk that the runs need to be started, and a manifest of the whole plan."""
     study = plan.name if plan.study else None
+    mine = {"submission": submission.folder.name}
     for run in submission.runs:
         if run.state in ("stale", "reuse"):
             set_aside(run)
         if not run.runs_here:
-            prepare(run, submission, commit, study)
+            waits = submission.canary and run.identity not in submission.canary
+            prepare(run, submission.capsule, commit, study, mine | ({"canary": submission.canary} if waits else {}))
     rundir.sync_all(submission.output_dir)
     started = {r.identity for r in submission.runs}
     manifest = {

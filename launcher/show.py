@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
-import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -21,16 +20,15 @@ from rich.text import Text
 from contract import cost, rundir
 from contract.cost import Cost
 from launcher import canary as canaries
-from launcher import prices, remarks
+from launcher import prices, remarks, why
 from launcher.canary import Measured
 from launcher.plan import STATES, Plan, Run
-from launcher.rundirs import Found
 
 COLOURS = {
     "finished": "green", "reuse": "green", "running": "blue", "queued": "yellow", "waiting": "yellow", "new": "yellow",
     "stopped": "yellow", "stale": "magenta", "failed": "red", "cancelled": "bright_black", "blocked": "bright_black",
+    "held": "magenta",
 }  # fmt: skip
-RUN_STATES = ("finished", "running", "queued", "waiting", "blocked", "stopped", "failed", "cancelled")
 MOST_ROWS = 24
 AT_MOST = 12  # lines of a list; the rest is counted
 EVERY = 0.1  # of a run, between two lines where there is no terminal
@@ -46,8 +44,13 @@ def plain(text: Any) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
-def counts(head: Sequence[str], rows: Mapping[tuple[str, ...], Counter[str]], states: Iterable[str]) -> Table:
-    """One row per stage, one column per state that occurs."""
+def counts(
+    head: Sequence[str],
+    rows: Mapping[tuple[str, ...], Counter[str]],
+    states: Iterable[str],
+    more: Mapping[tuple[str, ...], str] = MappingProxyType({}),
+) -> Table:
+    """One row per stage, one column per state that occurs, and ``more`` at the end of a row."""
     total: Counter[str] = sum(rows.values(), Counter())
     shown = [s for s in states if total[s]]
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -55,9 +58,14 @@ def counts(head: Sequence[str], rows: Mapping[tuple[str, ...], Counter[str]], st
         table.add_column(name)
     for name in [*shown, "total"]:
         table.add_column(name, justify="right", style=COLOURS.get(name))
+    if more:
+        table.add_column("latest", overflow="ellipsis", no_wrap=True)
     lines = [*rows.items()] + ([(("all", *[""] * (len(head) - 1)), total)] if len(rows) > 1 else [])
     for names, found in lines:
-        table.add_row(*map(plain, names), *(str(found[s]) if found[s] else "-" for s in shown), str(found.total()))
+        said = [plain(more.get(names, ""))] if more else []
+        table.add_row(
+            *map(plain, names), *(str(found[s]) if found[s] else "-" for s in shown), str(found.total()), *said
+        )
     return table
 
 
@@ -163,25 +171,6 @@ def short(path: Path) -> str:
         return str(path)
 
 
-def status(out: Console, found: Sequence[Found], output_dir: Path) -> None:
-    rows: dict[tuple[str, ...], Counter[str]] = {}
-    for each in found:
-        rows.setdefault((str(each.info.get("stage", "")), str(each.info["worker"])), Counter())[each.state] += 1
-    out.print(f"{plain(short(output_dir))}: {runs(len(found))}")
-    out.print(counts(["stage", "worker"], rows, RUN_STATES))
-    for state in ("running", "failed"):
-        some = [f for f in found if f.state == state]
-        for each in some[:AT_MOST]:
-            name = f"{each.info.get('name')} {each.identity[:8]} seed={each.info['seed']}"
-            how = progress(each.folder) if state == "running" else last_words(each.folder)
-            line = Text(f"{state:8}", style=COLOURS[state]).append(plain(f" {name}  {how}"), style="default")
-            out.print(line, overflow="ellipsis", no_wrap=True, soft_wrap=False)
-        if len(some) > AT_MOST:
-            out.print(f"{state:8} and {len(some) - AT_MOST} more: python launcher.py status :{state} --json")
-    if any(f.state in ("failed", "stopped", "cancelled", "blocked") for f in found):
-        out.print("next: python launcher.py logs RUN; python launcher.py retry :failed, :stopped or :cancelled")
-
-
 def progress(folder: Path) -> str:
     record = rundir.last_record(folder / rundir.METRICS)
     if record is None:
@@ -206,22 +195,9 @@ def span(seconds: float) -> str:
 
 
 def last_words(folder: Path) -> str:
-    """Why the last attempt failed: what killed it, or the last line of its log that names an error."""
-    records, _ = rundir.read_journal(rundir.attempts_file(folder, 0))
-    last = records[-1] if records else {"event": "end"}
-    if last.get("event") != "end":
-        return "killed without a warning, or its machine went down"
-    if last.get("signal"):
-        return f"killed by {signal.Signals(int(last['signal'])).name}"
-    try:
-        with (folder / rundir.LOG).open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 16384))
-            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    except FileNotFoundError:
-        lines = []
-    ours = [line.rpartition("error: ")[2] for line in lines if "error: " in line]
-    raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?(?!.*ChildFailed)[\w.]*(Error|Exception)\b", line)]
-    return (ours or raised or lines or ["it left no word"])[-1][:300]
+    """Why the last attempt failed."""
+    found = why.of_run(folder, folder.parent.parent)
+    return f"{found.kind}: {found.said}" if found else "it left no word"
 
 
 class Watch:

@@ -34,7 +34,7 @@ def launch(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     found = _plan(args)
-    found = queues.told(found, queues.asked(found.output_dir, clean=False, patient=True))
+    found = queues.told(found, queues.glance(found.output_dir).runs)
     if args.json:
         _json_lines(run.line() for run in found.runs)
         return 0
@@ -210,24 +210,10 @@ def _submission(
 
 
 def status(args: argparse.Namespace) -> int:
+    from launcher import status
+
     words, output_dir = _place(args.words)
-    found = _select(words, output_dir, queues.asked(output_dir, patient=True))
-    if args.json:
-        _json_lines(_described(f) for f in found)
-    else:
-        show.status(show.console(args.no_color), found, output_dir)
-    states = {f.state for f in found}
-    if "failed" in states:
-        return 100
-    if states & {"running", "queued", "waiting", "blocked", "stopped"}:
-        return 101
-    return 103 if "cancelled" in states else 0
-
-
-def _described(found: Found) -> dict[str, object]:
-    record = rundir.last_record(found.folder / rundir.METRICS) or {}
-    info = {key: found.info.get(key) for key in ("identity", "group", "name", "worker", "stage", "seed")}
-    return {**info, "state": found.state, "step": record.get("step"), "of": record.get("of"), "dir": str(found.folder)}
+    return status.main(args, words, output_dir)
 
 
 def logs(args: argparse.Namespace) -> int:

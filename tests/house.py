@@ -57,7 +57,7 @@ class House:
 
     def environ(self, **more: str) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
-        return {**clean, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", **more}
+        return {**clean, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "SIGHTLINE_QUEUE_S": "0", **more}
 
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
