@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,3 +129,11 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def by_array(elements: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """(array, number) pairs -> (array, 0-2,5): one call for many."""
+    found: dict[str, list[int]] = {}
+    for array, number in elements:
+        found.setdefault(array, []).append(int(number))
+    return [(array, ranges(sorted(numbers))) for array, numbers in found.items()]

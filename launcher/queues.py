@@ -12,7 +12,7 @@ import time
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from contract import rundir
 from launcher import NotQueued, Unavailable, backends, breaker, show
@@ -28,7 +28,7 @@ def asked(output_dir: Path, clean: bool = True) -> dict[str, Queued]:
     """What the schedulers hold, now. Left out are jobs that wait for what will never be, or that the breaker holds;
     with ``clean`` they are taken out of the queue, to be queued anew. Raises Unavailable."""
     queue = backends.queue(output_dir)
-    in_vain = {identity: job for identity, job in queue.items() if _in_vain(output_dir, identity, job)}
+    in_vain = _in_vain(output_dir, queue)
     if clean and in_vain:
         changed(output_dir)
         take_out(in_vain)
@@ -88,11 +88,25 @@ def changed(output_dir: Path) -> None:
 # -- acting -----------------------------------------------------------------------------------------------------------
 
 
-def _in_vain(output_dir: Path, identity: str, job: Queued) -> bool:
-    if job.state != "held":
-        return job.state == "blocked"
-    folders = output_dir.glob(f"*/{identity}")
-    return any(breaker.holds(folder, rundir.read_run(folder)) for folder in folders)
+def _in_vain(output_dir: Path, queue: Mapping[str, Queued]) -> dict[str, Queued]:
+    """Jobs that wait for what will never be, or that the breaker holds, and what in the queue is built upon these."""
+    found = {identity: job for identity, job in queue.items() if job.state == "blocked"}
+    held = [identity for identity, job in queue.items() if job.state == "held"]
+    found |= {i: queue[i] for i in held if any(breaker.holds(f, info) for f, info in _described(output_dir, i))}
+    left = {i: job for i, job in queue.items() if job.state == "queued" and i not in found} if found else {}
+    needs = {i: {p for _, info in _described(output_dir, i) for p in _needs(info)} for i in left}
+    while more := {i for i in left if i not in found and not needs[i].isdisjoint(found)}:
+        found |= {i: queue[i] for i in more}
+    return found
+
+
+def _described(output_dir: Path, identity: str) -> list[tuple[Path, dict[str, Any]]]:
+    return [(path.parent, rundir.read_run(path.parent)) for path in output_dir.glob(f"*/{identity}/{rundir.RUN}")]
+
+
+def _needs(info: Mapping[str, Any]) -> Iterator[str]:
+    yield from info.get("parents", ())
+    yield from info.get("canary", ())
 
 
 def take_out(jobs: Mapping[str, Queued], others: Iterable[Queued] = ()) -> None:

@@ -122,11 +122,8 @@ class Backend:
 
     def cancel(self, jobs: Sequence[str]) -> None:
         """An element that is being started may not hear of it; it finds the mark at its run."""
-        by_array: dict[str, list[int]] = {}
-        for job in jobs:
-            array, _, index = job.rstrip("]").partition("[")
-            by_array.setdefault(array, []).append(int(index))
-        lsf_calls.kill([f"{array}[{arrays.ranges(sorted(them))}]" for array, them in by_array.items()])
+        split = arrays.by_array(job.rstrip("]").split("[") for job in jobs)
+        lsf_calls.kill([f"{array}[{elements}]" for array, elements in split])
 
 
 def _arrays(submission: Submission) -> list[Array]:

@@ -119,8 +119,8 @@ class Backend:
         return found
 
     def cancel(self, jobs: Sequence[str]) -> None:
-        for at in range(0, len(jobs), 1000):
-            _call("scancel", *jobs[at : at + 1000])
+        for array, numbers in arrays.by_array(job.split("_") for job in jobs):
+            _call("scancel", f"{array}_[{numbers}]")
 
 
 def script(array: Array, number: int, submission: Submission, cap: int | None) -> str:
