@@ -45,8 +45,9 @@ SCHEDULER = {
     HOST_OOM: r"oom[-_ ]?kill(er)?\b.*|\bOut Of Memory\b|OUT_OF_MEMORY|[Ee]xceeded (job|step|\w*) ?memory limit|"
     r"TERM_MEMLIMIT|TERM_SWAP|[Mm]emory cgroup out of memory|Out of memory: Kill",
     TIME: r"DUE TO TIME LIMIT|TERM_RUNLIMIT|TERM_CPULIMIT|TERM_DEADLINE",
-    PREEMPTED: r"DUE TO PREEMPTION|TERM_PREEMPT|TERM_OWNER|TERM_FORCE_OWNER|TERM_LOAD|TERM_WINDOW",
-    NODE: r"DUE TO NODE FAIL|NODE_FAIL\b|[Nn]ode failure on|DUE TO JOB NOT ENDING WITH SIGNALS|TERM_(UNKNOWN|ZOMBI)",
+    PREEMPTED: r"DUE TO PREEMPTION|TERM_PREEMPT|TERM_LOAD|TERM_WINDOW",
+    NODE: r"DUE TO NODE FAIL|NODE_FAIL\b|[Nn]ode failure on|DUE TO JOB NOT ENDING WITH SIGNALS",
+    KILLED: r"TERM_(FORCE_)?(OWNER|ADMIN)|TERM_EXTERNAL_SIGNAL",
 }
 # By the worker, torch and the C libraries, the surest first.
 WORKER = {
@@ -129,14 +130,14 @@ def of_text(
         return _cause(NCCL, talk[-1].text, **_root(log))
     if record.get("event") == "start":
         return _vanished(record, job_log)
-    return _cause(UNKNOWN, next((line for line in reversed(_lines(log)) if line), "it left no word"))
+    return _cause(UNKNOWN, next((line for line in reversed(log.splitlines()) if line.strip()), "it left no word"))
 
 
 def of_scheduler(job_log: str) -> Cause | None:
     """What the scheduler says of the job, if it says anything of a cause."""
     for kind, pattern in SCHEDULER.items():
         if line := _line(job_log, pattern):
-            on = re.search(r"(?:\bON |[Nn]ode failure on |error: )([\w.-]+)(?: CANCELLED|: task|,|$)", line)
+            on = re.search(r"(?:\bON |[Nn]ode failure on )([\w.-]+)", line)
             where: dict[str, Any] = {"node": on[1]} if on and kind == NODE else {}
             if peak := re.search(r"Max Memory :\s+([\d.]+) ([KMGT])", job_log):
                 where["peak_mb"] = round(float(peak[1]) * 1024.0 ** ("KMGT".index(peak[2]) - 1))
@@ -179,7 +180,7 @@ def _missing(text: str, data_path: str | None, bug: Traceback | None) -> str | N
 
 def _time_out(log: str, processes: int | None) -> Cause:
     """A collective that not all ranks took part in. The one that is missing did not report, or is behind the others."""
-    line = _line(log, TIMED_OUT.pattern)
+    line = FRONT.sub("", _line(log, TIMED_OUT.pattern), count=1)
     said: dict[int, int] = {}  # rank -> the last work that it is known to have begun
     for m in re.finditer(r"Rank (\d+)\] .*?SeqNum=(\d+)", log):
         said[int(m[1])] = max(said.get(int(m[1]), 0), int(m[2]))
@@ -296,9 +297,13 @@ def normal(text: str) -> str:
 # -- lines -------------------------------------------------------------------------------------------------------------
 
 
+# Times, ranks and where in torch's sources: no evidence.
+FRONT = re.compile(r"\s*(\[rank ?\d+\]:?\s?|\[[EWI]\d{3,4} [\d:.]+ \S+\] |[\d-]{10} [\d:]{8} |error: )*")
+
+
 def _cause(kind: str, said: str, of: str = "", **where: Any) -> Cause:
     mark = hashlib.blake2b(f"{kind}\n{of}".encode("utf-8", "replace"), digest_size=4).hexdigest()
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(said.split()))
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(FRONT.sub("", said, count=1).split()))
     return Cause(kind, mark, line[:300], where)
 
 
@@ -306,19 +311,13 @@ def _plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).replace("\r", "\n")
 
 
-def _lines(text: str) -> list[str]:
-    """Without the times and ranks in front."""
-    front = r"^(\[rank\d+\]:\s?)?(\[[EWI]\d{4} [\d:.]+ \S+\] |\d{4}-\d\d-\d\d \d\d:\d\d:\d\d )?"
-    return [re.sub(front, "", line).strip() for line in text.splitlines()]
-
-
 def _line(text: str, pattern: str) -> str:
-    """The first line with it; for a message of many words, the line."""
+    """The first line that has it."""
     found = re.search(pattern, text)
     if not found:
         return ""
     start, end = text.rfind("\n", 0, found.start()) + 1, text.find("\n", found.start())
-    return _lines(text[start : end if end >= 0 else None])[0]
+    return text[start : end if end >= 0 else None]
 
 
 def _error(log: str) -> str | None:
