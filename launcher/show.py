@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
-import signal
 import sys
 import time
 from collections import Counter
@@ -19,7 +17,7 @@ from rich.text import Text
 
 from contract import cost, rundir
 from contract.cost import Cost
-from launcher import prices, remarks
+from launcher import Refused, mending, prices, prune, remarks, why
 from launcher.plan import STATES, Plan, Run
 from launcher.rundirs import Found
 
@@ -165,22 +163,53 @@ def span(seconds: float) -> str:
 
 
 def last_words(folder: Path) -> str:
-    """Why the last attempt failed: what killed it, or the last line of its log that names an error."""
-    records, _ = rundir.read_journal(rundir.attempts_file(folder, 0))
-    last = records[-1] if records else {"event": "end"}
-    if last.get("event") != "end":
-        return "killed without a warning, or its machine went down"
-    if last.get("signal"):
-        return f"killed by {signal.Signals(int(last['signal'])).name}"
-    try:
-        with (folder / rundir.LOG).open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 16384))
-            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    except FileNotFoundError:
-        lines = []
-    ours = [line.rpartition("error: ")[2] for line in lines if "error: " in line]
-    raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?(?!.*ChildFailed)[\w.]*(Error|Exception)\b", line)]
-    return (ours or raised or lines or ["it left no word"])[-1][:300]
+    """Why the last attempt failed."""
+    cause = why.of_run(folder, folder.parent.parent)
+    return cause.said if cause else "it left no word"
+
+
+def causes(out: Console, found: Sequence[mending.Group], words: Sequence[str]) -> None:
+    """Each with its evidence, its runs, and the command that mends it."""
+    for what, line in mending.lines(found, words):
+        if what == "cause":
+            kind, _, rest = plain(line).partition("  ")
+            out.print(Text(kind, style="red").append(f"  {rest}", style="default"), overflow="ellipsis", no_wrap=True)
+        else:
+            out.print({"runs": "  ", "mend": "  -> "}.get(what, "") + plain(line))
+
+
+def prunable(out: Console, items: Sequence[prune.Item]) -> None:
+    """What, how many, how much, and why it may go."""
+    if not items:
+        out.print("nothing may go")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("what", "count", "size", "why it may go", "for instance"):
+        table.add_column(name, justify="right" if name in ("count", "size") else "left")
+    for what, reason in prune.REASONS.items():
+        some = [item for item in items if item.what == what]
+        if some:
+            most = max(some, key=lambda item: item.size)
+            table.add_row(what, f"{len(some):,}", size(sum(i.size for i in some)), reason, plain(short(most.path)))
+    out.print(table)
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def agreed(what: str, yes: bool, most: int = 0, count: int = 1) -> bool:
+    """Does the person want it? Not asked with ``yes``, nor up to ``most``. Raises Refused where nobody can answer."""
+    if yes or count <= most:
+        return True
+    if not sys.stdin.isatty():
+        above = f" to do more than {most} without being asked" if most else ""
+        raise Refused(f"{what}; add -y{above}")
+    return input(f"{what}? [y/N] ").strip().lower() in ("y", "yes")
 
 
 class Watch:

@@ -10,12 +10,13 @@ import contextlib
 import hashlib
 import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from contract import rundir
+from launcher import job_logs
 
 HOST_OOM, CUDA_OOM, NCCL, NODE, DISK = "host OOM", "CUDA OOM", "NCCL time-out", "node failure", "disk full"
 DATA, PREEMPTED, TIME, STALLED = "data missing", "preempted", "time limit", "stalled"
@@ -23,7 +24,6 @@ BUG, KILLED, GAVE_UP, UNKNOWN = "user bug", "killed", "gave up", "unknown"
 KINDS = (
     HOST_OOM, CUDA_OOM, NCCL, NODE, DISK, DATA, PREEMPTED, TIME, STALLED, BUG, KILLED, GAVE_UP, UNKNOWN,
 )  # fmt: skip
-TAIL = 65536  # bytes of a log that are looked at
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,11 @@ def of_text(
         return _cause(NCCL, talk[-1].text, **_root(log))
     if record.get("event") == "start":
         return _vanished(record, job_log)
-    return _cause(UNKNOWN, next((line for line in reversed(log.splitlines()) if line.strip()), "it left no word"))
+    lines = [line for line in log.splitlines() if line.strip()]
+    telling = [
+        line for line in lines if re.search(r"error|denied|not found|No such|rror:", line) and "srun: " not in line
+    ]
+    return _cause(UNKNOWN, (telling or lines or ["it left no word"])[-1])
 
 
 def of_scheduler(job_log: str) -> Cause | None:
@@ -330,19 +334,19 @@ def _error(log: str) -> str | None:
 
 
 def of_run(folder: Path, output_dir: Path) -> Cause | None:
-    """Why the last attempt of a run ended; None for one that is finished, or was never started and is not known to have
-    died before. What the supervisor wrote down is believed, unless the scheduler knows better."""
+    """Why the last attempt of a run ended; None for one that is finished, or whose first is still to come. What the
+    supervisor wrote down is believed, unless the scheduler knows better."""
     if (folder / rundir.DONE).exists():
         return None
     records, _ = rundir.read_journal(rundir.attempts_file(folder, 0))
     start = next((r for r in reversed(records) if r.get("event") == "start"), None)
     if start is None:
-        return None
+        return _stillborn(folder, output_dir)
     ends = (r for r in reversed(records) if r.get("event") == "end" and r.get("attempt") == start.get("attempt"))
     record = next(ends, start)
     if record.get("cause") == "finished":
         return None
-    said = job_log(folder, output_dir, start)
+    said = job_logs.of_attempt(folder, output_dir, start)
     if record.get("mark"):
         found = Cause(str(record["why"]), str(record["mark"]), str(record.get("said")), record.get("where") or {})
         knows = of_scheduler(said)
@@ -352,7 +356,7 @@ def of_run(folder: Path, output_dir: Path) -> Cause | None:
         processes = None
         with contextlib.suppress(rundir.RunDirError):
             processes = rundir.read_run(folder).get("processes")
-        log = tail(folder / rundir.LOG, int(start.get("log") or 0))
+        log = job_logs.tail(folder / rundir.LOG, int(start.get("log") or 0))
         found = of_text(log, record, said, data_path=_data_path(folder), processes=processes)
     return _on(found, folder, start)
 
@@ -377,39 +381,9 @@ def _data_path(folder: Path) -> str | None:
     return None
 
 
-def tail(path: Path, start: int = 0) -> str:
-    """The end of a file, at most TAIL bytes and from ``start`` on; nothing where there is none."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(start if start <= size else 0, size - TAIL))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def job_logs(folder: Path, output_dir: Path, job: str) -> Iterator[Path]:
-    """What the scheduler keeps of an element, ``12_3`` (Slurm) or ``12[3]`` (LSF), if it is there."""
-    if lsf := re.fullmatch(r"(\d+)\[(\d+)\]", job):
-        names = [f"{lsf[1]}.{lsf[2]}.out"]
-    else:
-        nodes = max(1, sum(1 for _ in folder.glob("attempts.*.jsonl")))
-        names = [f"{job}_{task}_log.out" for task in range(nodes)]
-    for logs in sorted(output_dir.glob("submissions/*/logs")):
-        yield from (logs / name for name in names if (logs / name).is_file())
-
-
-MARKER = "attempt {attempt} of {identity}"  # a supervisor in a job says so, in the job's own log
-
-
-def job_log(folder: Path, output_dir: Path, start: Mapping[str, Any]) -> str:
-    """What the scheduler's log has of this attempt. A job that is queued again goes on writing to the same file."""
-    if not start.get("job"):
-        return ""
-    texts = []
-    marker = MARKER.format(attempt=start.get("attempt"), identity=folder.name)
-    for path in job_logs(folder, output_dir, str(start["job"])):
-        text = tail(path)
-        _, here, rest = text.rpartition(marker)
-        texts.append(re.split(r"^attempt \S+ of \w+$", rest, maxsplit=1, flags=re.MULTILINE)[0] if here else text)
-    return "\n".join(texts)
+def _stillborn(folder: Path, output_dir: Path) -> Cause | None:
+    """A run that was queued, and whose job ended before it was started: the job's own log is all there is."""
+    text = "\n".join(job_logs.tail(path) for path in job_logs.of_run(folder, output_dir)[-2:])
+    if not text.strip():
+        return None
+    return of_scheduler(text) or of_text(text, {"cause": "failed"})
