@@ -94,6 +94,9 @@ def retry(args: argparse.Namespace) -> int:
         behind += more  # what waited for them, and what waited for that
         ready |= {f.identity for f in more}
     runs += rundirs.again(behind, output_dir)
+    if "env.max_parallel" in said and runs:  # of the launch, not of a run
+        for run in runs:
+            run.settings.env.max_parallel = runs[0].settings.env.max_parallel
     if not args.dry_run:
         for run in runs:
             rundirs.allow(run.folder)
