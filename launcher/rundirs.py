@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ import contract.settings
 from contract import rundir
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
-from launcher import NotFound, breaker
+from launcher import NotFound, breaker, why
 from launcher.identity import Input, find_encoder, takes_encoder
 from launcher.manifest import SUBMISSIONS
 from launcher.plan import Plan, Queued, Run, build, with_queue
@@ -179,6 +179,7 @@ class Found:
     folder: Path
     info: Mapping[str, Any]
     state: str  # of the files and the queue
+    index: int = 0  # within the names of the selection
 
     @property
     def identity(self) -> str:
@@ -190,7 +191,8 @@ STATES = (*get_args(rundir.State), "queued", "blocked", "held")
 
 def select(words: Iterable[str], output_dir: Path, queue: Mapping[str, Queued] | None = None) -> list[Found]:
     """SELECTION: any of the names (of a study, a sweep, a worker, the beginning of an identity), narrowed down by index
-    ranges (``0,4-7``, counted within the names), ``:state`` and ``key=value``. ``NAME:state`` works too."""
+    ranges (``0,4-7``, counted within the names), ``:state`` and ``key=value``. ``NAME:state`` works too, and
+    ``why=KIND`` or ``why=MARK`` for runs that failed so."""
     names: list[str] = []
     ranges: list[str] = []
     states: list[str] = []
@@ -208,19 +210,22 @@ def select(words: Iterable[str], output_dir: Path, queue: Mapping[str, Queued] |
     for state in states:
         if state not in STATES:
             raise SettingsError(contract.settings.unknown("state", state, STATES))
-    chosen = list(_named(names, output_dir))
-    if ranges:
-        wanted = _indices(ranges)
-        chosen = [folder for i, folder in enumerate(chosen) if i in wanted]
+    for value in [value for key, value in keys if key == "why"]:
+        if value not in why.KINDS and not re.fullmatch(r"[0-9a-f]{8}", value):
+            raise SettingsError(contract.settings.unknown("why", value, why.KINDS))
+    wanted = _indices(ranges)
     found = []
     held = breaker.held(output_dir)
-    for folder in chosen:
+    for i, folder in enumerate(_named(names, output_dir)):
+        if ranges and i not in wanted:
+            continue
         try:
             info = rundir.read_run(folder)
-            found.append(Found(folder, info, _state(folder, info, queue or {}, held)))
+            found.append(Found(folder, info, _state(folder, info, queue or {}, held), i))
         except rundir.RunDirError as error:  # one damaged run hides no other
             print(f"error: {error}", file=sys.stderr)
-    return [f for f in found if (not states or f.state in states) and all(_matches(f, k, v) for k, v in keys)]
+    found = [f for f in found if not states or f.state in states]
+    return [f for f in found if all(_matches(f, k, v, output_dir) for k, v in keys)]
 
 
 def _state(folder: Path, info: Mapping[str, Any], queue: Mapping[str, Queued], held: Container[tuple[Any, Any]]) -> str:
@@ -265,14 +270,17 @@ def _listed(name: str, output_dir: Path) -> Iterator[str]:
 
 def _indices(ranges: Sequence[str]) -> set[int]:
     wanted: set[int] = set()
-    for part in ",".join(ranges).split(","):
+    for part in ",".join(ranges).split(",") if ranges else ():
         low, _, high = part.partition("-")
         wanted |= set(range(int(low), int(high or low) + 1))
     return wanted
 
 
-def _matches(found: Found, key: str, value: str) -> bool:
+def _matches(found: Found, key: str, value: str, output_dir: Path) -> bool:
     """``seed=0``, ``tau=0.1``, ``data.name=digits``; numbers are compared as numbers."""
+    if key == "why":
+        cause = why.of_run(found.folder, output_dir) if found.state != "finished" else None
+        return cause is not None and value in (cause.kind, cause.mark)
     at: Any = contract.settings.plain(read_settings(found.folder))
     for part in key.split("."):
         if not isinstance(at, dict) or part not in at:
@@ -281,17 +289,24 @@ def _matches(found: Found, key: str, value: str) -> bool:
     return bool(at == yaml.safe_load(value)) or str(at) == value
 
 
-def again(found: Iterable[Found], output_dir: Path) -> list[Run]:
-    """Runs as they were launched, from their own files, parents before children. Raises RunDirError for one whose
-    settings mean another run today."""
+def again(
+    found: Iterable[Found],
+    output_dir: Path,
+    change: Callable[[Settings], Settings] | None = None,
+    said: frozenset[str] = frozenset(),
+) -> list[Run]:
+    """Runs as they were launched, from their own files, parents before children; with ``change``, in settings that no
+    result depends on, of which ``said`` are the keys. Raises RunDirError for one whose settings mean another run."""
     runs = []
     for each in found:
         settings = read_settings(each.folder)
+        settings = change(settings) if change else settings
         settings.output_dir = str(output_dir)  # where it is, wherever it was made
         source = _source(each, settings, output_dir) if takes_encoder(settings.worker) else None
-        run = build(settings, source, str(each.info.get("stage")))
+        run = build(settings, source, str(each.info.get("stage")), said)
         if run.identity != each.identity:
-            raise rundir.RunDirError(f"{each.folder}: its settings mean run {run.identity} today; launch that one anew")
+            now = "with this change" if change else "today"
+            raise rundir.RunDirError(f"{each.folder}: its settings mean run {run.identity} {now}; launch that one anew")
         runs.append(run)
     return sorted(runs, key=lambda r: len(r.parents))
 

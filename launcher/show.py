@@ -19,8 +19,8 @@ from rich.text import Text
 
 from contract import cost, rundir
 from contract.cost import Cost
+from launcher import Refused, mending, prices, prune, remarks, why
 from launcher import canary as canaries
-from launcher import prices, remarks, why
 from launcher.canary import Measured
 from launcher.plan import STATES, Plan, Run
 
@@ -141,22 +141,15 @@ def resources(plan: Plan, todo: Sequence[Run]) -> str | None:
         return None
     parts = []
     for stage, (what, _) in of.items():
-        said = [f"{_size(what.peak_mb)} of memory a process"]
-        said += [f"{_size(what.gpu_mb)} on the GPU"] if what.gpu_mb else []
+        said = [f"{size(what.peak_mb * 2**20)} of memory a process"]
+        said += [f"{size(what.gpu_mb * 2**20)} on the GPU"] if what.gpu_mb else []
         said += [f"{what.step_s:.2g} s a step, {what.steps:,} steps"] if what.step_s else []
         parts.append(f"{stage} {', '.join(said)}")
     needed = sum(what.disk_mb * n for what, n in of.values())
     at = next(p for p in (plan.output_dir, *plan.output_dir.parents) if p.exists())
     free = shutil.disk_usage(at).free / 2**20
     short = "; NOT ENOUGH, prune or choose another output_dir" if needed > free else ""
-    return f"by canary: {'; '.join(parts)}; disk {_size(needed)}, free {_size(free)}{short}"
-
-
-def _size(megabytes: float) -> str:
-    for size, unit in ((2**20, "TB"), (2**10, "GB")):
-        if megabytes >= size:
-            return f"{megabytes / size:.3g} {unit}"
-    return f"{megabytes:.3g} MB"
+    return f"by canary: {'; '.join(parts)}; disk {size(needed * 2**20)}, free {size(free * 2**20)}{short}"
 
 
 def runs(n: int) -> str:
@@ -196,8 +189,52 @@ def span(seconds: float) -> str:
 
 def last_words(folder: Path) -> str:
     """Why the last attempt failed."""
-    found = why.of_run(folder, folder.parent.parent)
-    return f"{found.kind}: {found.said}" if found else "it left no word"
+    cause = why.of_run(folder, folder.parent.parent)
+    return f"{cause.kind}: {cause.said}" if cause else "it left no word"
+
+
+def causes(out: Console, found: Sequence[mending.Group], words: Sequence[str]) -> None:
+    """Each with its evidence, its runs, and the command that mends it."""
+    for what, line in mending.lines(found, words):
+        if what == "cause":
+            kind, _, rest = plain(line).partition("  ")
+            out.print(Text(kind, style="red").append(f"  {rest}", style="default"), overflow="ellipsis", no_wrap=True)
+        else:
+            out.print({"runs": "  ", "mend": "  -> "}.get(what, "") + plain(line))
+
+
+def prunable(out: Console, items: Sequence[prune.Item]) -> None:
+    """What, how many, how much, and why it may go."""
+    if not items:
+        out.print("nothing may go")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("what", "count", "size", "why it may go", "for instance"):
+        table.add_column(name, justify="right" if name in ("count", "size") else "left")
+    for what, reason in prune.REASONS.items():
+        some = [item for item in items if item.what == what]
+        if some:
+            most = max(some, key=lambda item: item.size)
+            table.add_row(what, f"{len(some):,}", size(sum(i.size for i in some)), reason, plain(short(most.path)))
+    out.print(table)
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def agreed(what: str, yes: bool, most: int = 0, count: int = 1) -> bool:
+    """Does the person want it? Not asked with ``yes``, nor up to ``most``. Raises Refused where nobody can answer."""
+    if yes or count <= most:
+        return True
+    if not sys.stdin.isatty():
+        above = f" to do more than {most} without being asked" if most else ""
+        raise Refused(f"{what}; add -y{above}")
+    return input(f"{what}? [y/N] ").strip().lower() in ("y", "yes")
 
 
 class Watch:

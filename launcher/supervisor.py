@@ -29,7 +29,7 @@ import contract.settings
 from contract import rundir
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
-from launcher import breaker, why
+from launcher import breaker, job_logs, why
 from launcher.processes import kill_tree
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Supervisor:
             at = log.tell()
             begin = {"time": time.time(), "pid": os.getpid(), "step": self._step(), "log": at}
             if self.job:
-                print(why.MARKER.format(attempt=owner.attempt, identity=self.folder.name), flush=True)
+                print(job_logs.MARKER.format(attempt=owner.attempt, identity=self.folder.name), flush=True)
             child = self._start(settings, owner.attempt, log)
             journal.append({"event": "start", **record, **begin})
             try:
@@ -209,7 +209,7 @@ class Supervisor:
             if end["cause"] == "stopped" and self._near_the_end():
                 return {"why": why.TIME}
             if end["cause"] in ("failed", "killed", "stalled"):
-                said = why.tail(self.folder / rundir.LOG, begin)
+                said = job_logs.tail(self.folder / rundir.LOG, begin)
                 return why.of_text(said, end, data_path=settings.data_path, processes=settings.env.processes).record()
         return {}
 

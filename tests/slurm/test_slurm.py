@@ -217,7 +217,7 @@ def test_a_pipeline_where_one_element_fails_and_is_mended(house, cluster):
     states = [json.loads(line) for line in house.run("status", "--json", code=100).stdout.splitlines()]
     found = sorted((s["stage"], s["seed"], s["state"]) for s in states if s["state"] != "finished")
     assert found == [("knn", 1, "blocked"), ("linprobe", 1, "blocked"), ("lmim", 1, "failed")]
-    house.run("retry", ":failed")
+    house.run("retry", ":failed", "--force")
     house.wait_for(lambda: house.all("finished"))
 
 
