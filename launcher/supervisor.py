@@ -29,7 +29,8 @@ import contract.settings
 from contract import rundir
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
-from launcher import breaker, job_logs, why
+from contract.settings.env import Env
+from launcher import breaker, job_logs, stall, why
 from launcher.processes import kill_tree
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Supervisor:
             for old in self.folder.glob(f"{rundir.STOP}.*"):
                 if old != rundir.stop_file(self.folder, owner.attempt):
                     old.unlink(missing_ok=True)
+            stall.clear(self.folder, but=owner.attempt)
             if self.job and (tries := self._tries_in_vain()) > settings.env.max_requeue:
                 return self._give_up(owner, tries)
             return self._attempt(owner, settings, job)
@@ -168,7 +170,7 @@ class Supervisor:
             child = self._start(settings, owner.attempt, log)
             journal.append({"event": "start", **record, **begin})
             try:
-                cause = self._watch(child, owner, settings.env.grace_s)
+                cause = self._watch(child, owner, settings.env, log)
             finally:
                 if child.poll() is None:
                     kill_tree(child.pid)  # nothing of this attempt outlives it
@@ -199,9 +201,10 @@ class Supervisor:
                 print(f"{self.folder.name}: ended like others of its stage; the rest of it is held", file=sys.stderr)
                 if self.job:
                     self.job.hold(to_hold)
-        if cause == "stopped" and self._told_by_a_person():
+            stall.clear(self.folder)
+        if cause in ("stopped", "stalled") and self._told_by_a_person():
             return NOT_ALLOWED
-        return {"finished": FINISHED, "stopped": AGAIN, "busy": AGAIN}.get(cause, FAILED)
+        return {"finished": FINISHED, "stopped": AGAIN, "stalled": AGAIN, "busy": AGAIN}.get(cause, FAILED)
 
     def _why(self, end: Mapping[str, Any], settings: Settings, begin: int) -> dict[str, Any]:
         """What the end record says of a failure. The log may hold anything; nothing in it may cost us the record."""
@@ -235,8 +238,9 @@ class Supervisor:
             preexec_fn=before_exec,  # noqa: PLW1509  # this process has one thread
         )
 
-    def _watch(self, child: subprocess.Popen[bytes], owner: rundir.Owner, grace_s: float) -> str | None:
+    def _watch(self, child: subprocess.Popen[bytes], owner: rundir.Owner, env: Env, log: Any) -> str | None:
         """Until the child has left; the cause of the end if it was ours. Polls: a handler may run at any point."""
+        watchdog = stall.Watchdog(self.folder, owner.attempt, env)
         beat, deadline = 0.0, float("inf")
         while child.poll() is None:
             now = time.monotonic()
@@ -244,17 +248,27 @@ class Supervisor:
                 beat = now
                 if self.node == 0 and not owner.beat():
                     return "busy"
+                if watchdog.stalled():
+                    if (self.folder / rundir.DONE).exists():
+                        return "finished"  # it hangs in taking its leave
+                    self._tell(watchdog.ask(child.pid, (self.folder / rundir.CAPSULE).resolve()), log)
+                    return "stalled"
                 self.margin = max(self.margin, TIMES_TO_SAVE * rundir.seconds_to_save(self.folder))
             if self.parent is not None and os.getppid() != self.parent:
                 self.parent, self.asked = None, self.asked + 1
             asked = self.asked or self._near_the_end() or self._told_by_a_person()
             if deadline == float("inf") and asked:
-                deadline = now + grace_s
+                deadline = now + env.grace_s
                 rundir.stop_file(self.folder, owner.attempt).touch()
             if now > deadline or self.asked > 1:
                 return "killed"
             time.sleep(POLL_S)
         return None
+
+    def _tell(self, said: str, log: Any) -> None:
+        if self.node == 0:
+            log.write(f"{said}\n".encode())
+            print(said.removeprefix("error: "), file=sys.stderr)
 
     def _told_by_a_person(self) -> bool:
         return (self.folder / rundir.STOP).exists() or (self.folder / rundir.CANCELLED).exists()

@@ -159,6 +159,18 @@ def build(root: Path) -> House:
     return House(root, root / "runs")
 
 
+def with_real_workers(house: House) -> None:
+    shutil.rmtree(house.root / "workers")
+    shutil.copytree(ROOT / "workers", house.root / "workers", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """A change that somebody makes to a file of the house; ``old`` stands in it once."""
+    text = path.read_text()
+    assert text.count(old) == 1, f"{path}: {text.count(old)} times: {old}"
+    path.write_text(text.replace(old, new))
+
+
 STEPS = """
 import atexit, os, sys
 at, steps = int(os.environ.get("DIE_AT", "-1")), 0

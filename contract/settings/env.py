@@ -22,6 +22,7 @@ class Env:
     workers: int = 0  # loader processes per process
     max_parallel: int | None = None  # runs side by side; null: as many as there are cores (here), no limit (scheduler)
     grace_s: int = 120  # from a request to leave to the kill
+    stall_min: float | None = 30.0  # minutes without a sign of life after which an attempt is ended; null: never
     # For a scheduler; null leaves it to the site.
     partition: str | None = None
     account: str | None = None
@@ -61,7 +62,7 @@ class Env:
         at_least(self, 0, "ngpu", "workers")
         at_least(self, 1, "nproc", "nodes", "threads", "max_parallel", "grace_s")
         at_least(self, 1, "cpus", "mem_gb", "timeout_min", "max_submit")
-        above(self, 0, "shm_gb")
+        above(self, 0, "shm_gb", "stall_min")
         at_least(self, 0, "signal_s", "max_requeue", "canary_above", "breaker")
         at_least(self, 1, "pack")
         self._check_texts()

@@ -21,7 +21,7 @@ from workers.data.files import Files
 from workers.data.loader import Transform, eval_loader, train_loader, unreadable
 from workers.models import Encoder
 
-from . import distributed
+from . import distributed, pulse
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ def in_order(settings: Settings, pictures: Pictures, transform: Transform, batch
         workers=settings.env.workers,
         skip=settings.data.on_error == "skip",
         all_cores=settings.data.worker_affinity,
+        seen=pulse.beat,
     )
 
 

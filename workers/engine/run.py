@@ -24,7 +24,7 @@ from contract.settings import Settings, Training
 from contract.settings.checks import SettingsError
 from workers.data import DataError
 
-from . import distributed
+from . import distributed, pulse
 from .checkpoint import CheckpointError
 from .encoder import EncoderError
 from .fit import NotFinite
@@ -53,7 +53,10 @@ class Run(Generic[S]):
             log.info("step %d of %d  %s", step, of, shown)
 
     def stop(self) -> bool:
-        """Did the supervisor, or a person, ask us to save and leave? Raises RunDirError when the run was taken over."""
+        """Did the supervisor, or a person, ask us to save and leave? Raises RunDirError when the run was taken over.
+
+        Asked when all ranks have agreed to go on, and so a sign of life."""
+        pulse.beat()
         if self.journal is None:
             return False
         if self.attempt is not None:
@@ -130,6 +133,8 @@ def open_run(cls: type[S]) -> Iterator[Run[S]]:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the supervisor alone listens to the scheduler
     _start_log()
     try:
+        if attempt is not None:
+            pulse.start(folder, attempt)
         with distributed.process_group():
             journal = rundir.Journal(folder / rundir.METRICS) if distributed.rank() == 0 else None
             settings = read_settings(folder, cls)
