@@ -32,10 +32,12 @@ def wanted(todo: Sequence[Run]) -> bool:
 
 
 def of(plan: Plan, todo: Sequence[Run]) -> list[Run]:
-    """The canary of what is to be started: a run that most stages are built upon, and one of each of these."""
+    """The canary of what is to be started: a run that most of its stages are built upon, and one of each of these. It is
+    the first such run of the whole plan, so that a sweep that grows has the canary that it had."""
+    stages_todo = {run.stage for run in todo}
     below: dict[str, list[Run]] = {}  # of every run that needs none of the others: what is built upon it
     root: dict[str, str] = {}
-    for run in todo:  # parents come first
+    for run in (run for run in plan.runs if run.stage in stages_todo):  # parents come first
         root[run.identity] = next((root[p] for p in run.parents if p in root), run.identity)
         below.setdefault(root[run.identity], []).append(run)
     first = max(below.values(), key=lambda runs: len({run.stage for run in runs}))
