@@ -14,7 +14,8 @@ from launcher import job_logs, show
 from launcher.rundirs import Found
 
 MOST = 20  # runs side by side; more are no reading
-POLL_S, ASK_S = 0.5, 30.0
+POLL_S = 0.5
+ASK_S, ASK_SOON_S = 30.0, 5.0  # what is queued; the latter where nothing runs
 QUIET_S = 3.0  # between the end of one run and the start of the next
 COLOURS = (36, 33, 32, 35, 34, 31)
 
@@ -76,7 +77,7 @@ def follow(
     waiting, asked, quiet = queued() if on else set[str](), time.monotonic(), 0.0
     while True:
         states = {each.identity: rundir.state(each.folder) for each in found}  # before the last read: no line is missed
-        if on and time.monotonic() - asked > ASK_S:
+        if on and time.monotonic() - asked > (ASK_S if "running" in states.values() else ASK_SOON_S):
             waiting, asked = queued(), time.monotonic()
         busy = any(s == "running" or (i in waiting and s != "finished") for i, s in states.items())
         pending = len(found) > 1 and "waiting" in states.values() and "finished" in states.values()

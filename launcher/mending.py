@@ -92,9 +92,14 @@ def _good(found: Iterable[Found], stages: set[Any]) -> tuple[int, int]:
     peaks = []
     for each in found:
         if each.state == "finished" and each.info.get("stage") in stages:
-            last = rundir.last_record(rundir.attempts_file(each.folder, 0)) or {}
-            peaks.append(int(last.get("peak_rss_mb") or 0))
+            peaks.append(_peak(each.folder))
     return len(peaks), max(peaks, default=0)
+
+
+def _peak(folder: Path) -> int:
+    """MB, of the largest process of the last attempt."""
+    last = rundir.last_record(rundir.attempts_file(folder, 0)) or {}
+    return int(last.get("peak_rss_mb") or 0)
 
 
 # -- the command that mends it -----------------------------------------------------------------------------------------
@@ -152,13 +157,14 @@ def _more_memory(group: Group, settings: Sequence[Settings]) -> tuple[list[str],
             return ["--set", f"env.shm_gb={2 * asked:g}"], "of shared memory, which loader processes need:"
         return ["--set", "env.workers=0"], "of shared memory (/dev/shm), which loader processes need; without them:"
     asked = max(s.env.mem_gb or 0 for s in settings)
-    peak = max([int(c.where.get("peak_mb") or 0) for c in group.causes]) / 1024
-    seen = max(peak, group.good[1] / 1024)
-    wanted = math.ceil(max(MORE * asked, peak * 1.1) if asked else MORE * seen)
+    peak = max(int(c.where.get("peak_mb") or 0) for c in group.causes) / 1024  # of a whole job, as LSF measured it
+    each = max([group.good[1], *(_peak(f.folder) for f in group.runs)]) / 1024  # of one process
+    seen = max(peak, each * max(s.env.processes_per_node for s in settings))
+    wanted = math.ceil(max(MORE * asked, 1.1 * peak) if asked else MORE * seen)
     said = f"asked for {asked:g} GB" if asked else "asked for no memory (env.mem_gb)"
     said += f", used {peak:.1f} GB" if peak else ""
     if group.good[1]:
-        said += f", good runs of this stage at most {group.good[1] / 1024:.1f} GB a process"
+        said += f"; {group.good[0]} good runs of this stage: at most {group.good[1] / 1024:.1f} GB a process"
     return (["--set", f"env.mem_gb={wanted}"] if wanted else []), said + ":"
 
 

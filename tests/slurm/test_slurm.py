@@ -97,6 +97,7 @@ def test_a_time_limit_is_foreseen_without_a_signal(house):
     (folder,) = house.runs()
     assert house.causes(folder)[0] == "stopped"
     assert house.causes(folder)[-1] == "finished"
+    assert next(r["why"] for r in rundir.attempts(folder) if r.get("cause") == "stopped") == "time limit"
     assert house.steps(folder) == [*range(1, 31)]
 
 
