@@ -133,6 +133,9 @@ class Backend:
             by_array.setdefault(array, []).append(int(index))
         lsf_calls.kill([f"{array}[{arrays.ranges(sorted(them))}]" for array, them in by_array.items()])
 
+    def signal(self, jobs: Sequence[str], name: str) -> None:
+        lsf_calls.kill(jobs, name)
+
 
 def _arrays(submission: Submission) -> list[Array]:
     return arrays.of(submission, longest=LONGEST, room=submission.runs[0].settings.env.max_submit, start=1)

@@ -120,6 +120,9 @@ class Backend:
         for at in range(0, len(jobs), 1000):
             _call("scancel", *jobs[at : at + 1000])
 
+    def signal(self, jobs: Sequence[str], name: str) -> None:
+        _call("scancel", f"--signal={name}", *jobs)  # to the steps, as a preemption does
+
 
 def script(array: Array, number: int, submission: Submission, cap: int | None) -> str:
     from submitit.slurm.slurm import _convert_mem, _make_sbatch_string  # 0.1 s that only a launch has to wait for
