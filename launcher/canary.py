@@ -32,8 +32,8 @@ def wanted(todo: Sequence[Run]) -> bool:
 
 
 def of(plan: Plan, todo: Sequence[Run]) -> list[Run]:
-    """The canary of what is to be started: a run that most of its stages are built upon, and one of each of these. It is
-    the first such run of the whole plan, so that a sweep that grows has the canary that it had."""
+    """The canary of what is to be started: a run that most of its stages are built upon, and one of each of these. The
+    first such run of the whole plan, so that a sweep that grows keeps its canary."""
     stages_todo = {run.stage for run in todo}
     below: dict[str, list[Run]] = {}  # of every run that needs none of the others: what is built upon it
     root: dict[str, str] = {}

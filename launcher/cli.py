@@ -51,6 +51,7 @@ VERBS = {
     "prune": "what may go: checkpoints of finished runs, code without runs, directories without a start",
     "ingest": "copy what the run directories hold into the MLflow store; other flags go to analysis.ingest",
     "ui": "MLflow's page on this machine, after an ingest",
+    "drill": "preempt and kill a run at smoke scale here: does it end with the same bytes?",
     "doctor": "check the installation, the data paths, the disk, the store; says how to mend it",
 }
 
@@ -68,7 +69,7 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
     )
     flag = made.add_argument
     flag("words", nargs="*", help=argparse.SUPPRESS)
-    if verb in (None, "plan", "fill"):
+    if verb in (None, "plan", "fill", "drill"):
         flag("--config-name", "-cn", default="config", metavar="NAME", help="start from configs/NAME.yaml")
         flag("-m", "--multirun", action="store_true", help="accepted: commas and range() sweep with or without it")
     if verb in (None, "fill", "retry"):
@@ -119,6 +120,12 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
         flag("--set", action="append", metavar="KEY=VALUE", help=what)
         flag("--halve-batch", action="store_true", help="half the batch, accumulated twice as often: the same run")
         flag("--force", action="store_true", help="also those that ended by a bug in code that is still the same")
+    if verb == "drill":
+        flag("--steps", type=_at_least_4, metavar="N", help="train so many (20, or as many as take long enough)")
+        difference = "the largest relative difference of a metric that is no loss (0: byte-identical)"
+        flag("--tolerance", type=float, default=0.0, metavar="X", help=difference)
+        flag("--keep", action="store_true", help="the folders of the runs, which are removed where all is well")
+        flag("--json", action="store_true", help="one JSON object")
     if verb == "ui":
         flag("--port", type=int, default=5000)
         flag("--store", metavar="URI", help="another store than OUTPUT_DIR/mlflow.db")
@@ -132,11 +139,17 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def _at_least_4(said: str) -> int:
+    if not said.isdigit() or int(said) < 4:
+        raise argparse.ArgumentTypeError(f"{said}: must be at least 4, to be interrupted twice")
+    return int(said)
+
+
 def _usage(verb: str | None) -> str:
     match verb:
         case None:
             return "KEY=VALUE... [-n]   or   VERB ... [--help]"
-        case "plan" | "fill":
+        case "plan" | "fill" | "drill":
             return "STUDY [KEY=VALUE...] | KEY=VALUE... [options]"
         case "import":
             return "STUDY [KEY=VALUE...] --csv FILE | --mlflow URI ... | --checkpoint FILE ..."

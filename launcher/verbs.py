@@ -350,6 +350,13 @@ def ui(args: argparse.Namespace) -> int:  # noqa: RET503  # ends in exec
     os.execve(sys.executable, words, env)  # becomes the server, which ends its own processes on Ctrl-C
 
 
+def drill(args: argparse.Namespace) -> int:
+    from launcher import drill
+
+    args.words = args.words or ["worker=main_lmim"]
+    return drill.drill(_plan(args), args)
+
+
 def doctor(args: argparse.Namespace) -> int:
     from launcher import doctor
 

@@ -44,6 +44,9 @@ class Backend(Protocol):
     def cancel(self, jobs: Sequence[str]) -> None:
         """Take jobs out of the queue."""
 
+    def signal(self, jobs: Sequence[str], name: str) -> None:
+        """USR2, KILL: to every process of these jobs, as the scheduler warns and ends them."""
+
 
 def load(scheduler: str) -> Backend:
     name = f"launcher.backends.{scheduler}"

@@ -19,6 +19,7 @@ from contract import rundir
 from launcher import breaker
 from launcher.backends import Report
 from launcher.plan import Queued, Run, visible_gpus
+from launcher.processes import signal_tree
 from launcher.rundirs import Submission
 from launcher.supervisor import AGAIN, FINISHED, IN_JOB, POLL_S, command
 
@@ -70,9 +71,27 @@ class Backend:
     def cancel(self, jobs: Sequence[str]) -> None:
         """Nothing waits in a queue."""
 
+    def signal(self, jobs: Sequence[str], name: str) -> None:
+        """A job is the number of its supervisor's process."""
+        for job in jobs:
+            signal_tree(int(job), signal.Signals[f"SIG{name}"])
+
 
 def supervise(folder: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "launcher.supervisor", str(folder), *flags]
+
+
+def begin(folder: Path, capsule: Path, gpus: Sequence[str], said: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    """A supervisor, which leaves when this process is gone."""
+    return subprocess.Popen(
+        supervise(folder, "--parent", str(os.getpid())),
+        cwd=capsule,
+        env={**os.environ, "PYTHONPATH": str(capsule)} | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
+        stdin=subprocess.DEVNULL,
+        stdout=said,
+        stderr=said,
+        start_new_session=True,  # a Ctrl-C reaches this process only, which passes it on
+    )
 
 
 @dataclass(frozen=True)
@@ -175,16 +194,7 @@ class _Session:
         gpus = sorted(self.gpu_use, key=lambda d: self.gpu_use[d])[: run.settings.env.ngpu or 0]
         self.gpu_use.update(gpus)
         said = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
-        process = subprocess.Popen(
-            supervise(run.folder, "--parent", str(os.getpid())),
-            cwd=self.submission.capsule,
-            env={**os.environ, "PYTHONPATH": str(self.submission.capsule)}
-            | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,  # a Ctrl-C reaches this process only, which passes it on
-        )
+        process = begin(run.folder, self.submission.capsule, gpus, said)
         self.active.append(_Active(run, process, said, gpus))
         self.report.started(run.folder, _name(run))
 

@@ -125,6 +125,9 @@ class Backend:
         split = arrays.by_array(job.rstrip("]").split("[") for job in jobs)
         lsf_calls.kill([f"{array}[{elements}]" for array, elements in split])
 
+    def signal(self, jobs: Sequence[str], name: str) -> None:
+        lsf_calls.kill(jobs, name)
+
 
 def _arrays(submission: Submission) -> list[Array]:
     return arrays.of(submission, longest=LONGEST, room=submission.runs[0].settings.env.max_submit, start=1)

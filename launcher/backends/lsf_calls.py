@@ -198,13 +198,14 @@ def remembered(element: Element) -> bool | None:
 # -- taking out -------------------------------------------------------------------------------------------------------
 
 
-def kill(jobs: Sequence[str]) -> None:
-    """Take ``12`` or ``12[3-5]`` out of the queue. Never called with nothing: that would kill the newest job. One that
-    is over already makes the exit code an error, so that only an answer which does not come is one."""
+def kill(jobs: Sequence[str], name: str | None = None) -> None:
+    """Take ``12`` or ``12[3-5]`` out of the queue, or only send a signal of this name. Never called with nothing: that
+    would kill the newest job. One that is over already makes the exit code an error, so that only an answer which does
+    not come is one."""
     for at in range(0, len(jobs), 100):
         some = jobs[at : at + 100]
         if some:
-            code, _, err = call("bkill", *some)
+            code, _, err = call("bkill", *(["-s", name] if name else []), *some)
             if code is None:
                 raise Unavailable(
                     f"bkill: no answer in {TIMEOUT_S:g} s ({_last(err)}); the runs are marked all the same"

@@ -122,6 +122,9 @@ class Backend:
         for array, numbers in arrays.by_array(job.split("_") for job in jobs):
             _call("scancel", f"{array}_[{numbers}]")
 
+    def signal(self, jobs: Sequence[str], name: str) -> None:
+        _call("scancel", f"--signal={name}", *jobs)  # to the steps, as a preemption does
+
 
 def script(array: Array, number: int, submission: Submission, cap: int | None) -> str:
     from submitit.slurm.slurm import _convert_mem, _make_sbatch_string  # 0.1 s that only a launch has to wait for
