@@ -6,6 +6,7 @@ them ``commit.json`` and ``diff.patch``. Output, data and what looks like a secr
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import hashlib
@@ -50,7 +51,8 @@ class Capsule:
     def store(self, output_dir: Path) -> Path:
         """Copied, unless it is there already. A half-made copy is never seen under the final name."""
         final = self.path(output_dir)
-        if final.is_dir():
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(final)  # in use: prune leaves it alone
             return final
         final.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=final.parent))

@@ -29,7 +29,8 @@ Groups (data=, env=, recipe=, worker=) choose a file below configs/.
 
 SELECTION = """\
 SELECTION: names of studies, sweeps or workers, beginnings of identities; narrowed down by index ranges (0,4-7), by
-:state (finished running queued waiting blocked stopped failed cancelled) and by key=value. output_dir=DIR: where.
+:state (finished running queued waiting blocked held stopped failed cancelled) and by key=value (why='host OOM': of
+those that failed so). output_dir=DIR: where.
 """
 
 EXITS = """\
@@ -43,14 +44,18 @@ VERBS = {
     "table": "print the table of a study, complete or not; other flags go to analysis.tables",
     "import": "results from before (CSV, MLflow, checkpoints) as finished runs of a study",
     "status": "how the runs get on",
-    "logs": "the log of one run",
+    "why": "failures grouped by cause, each with its evidence and the command that mends it",
+    "logs": "the logs of some runs, line by line as they come",
+    "retry": "start failed, stopped or cancelled runs again, where they left off, with more memory for instance",
     "cancel": "stop runs for good, those that wait too",
-    "retry": "start failed, stopped or cancelled runs again, where they left off",
+    "prune": "what may go: checkpoints of finished runs, code without runs, directories without a start",
     "ingest": "copy what the run directories hold into the MLflow store; other flags go to analysis.ingest",
     "ui": "MLflow's page on this machine, after an ingest",
     "drill": "preempt and kill a run at smoke scale here: does it end with the same bytes?",
     "doctor": "check the installation, the data paths, the disk, the store; says how to mend it",
 }
+
+SELECT = ("status", "why", "logs", "retry", "cancel", "prune")
 
 
 def parser(verb: str | None) -> argparse.ArgumentParser:
@@ -72,8 +77,8 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
         flag("-q", "--quiet", action="store_true", help="errors only")
     if verb in (None, "fill", "retry"):
         flag("--prepare", type=Path, help=argparse.SUPPRESS)  # said by scripts that -n printed and a person sent
-    if verb in (None, "plan", "fill", "status"):
-        flag("--json", action="store_true", help="one JSON object per run and line")
+    if verb in (None, "plan", "fill", "status", "why", "prune"):
+        flag("--json", action="store_true", help="one JSON object a line: per run, per cause, per thing that may go")
     if verb in (None, "fill"):
         flag("--stale", action="store_true", help="run again what other code made")
     if verb == "fill":
@@ -95,8 +100,26 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
         flag("--seed", type=int, metavar="N", help="of a checkpoint; the study's first")
         flag("--stage", metavar="STAGE", help="of a checkpoint; the first that is built upon none")
         flag("--percent", action="store_true", help="the figures are per cent, the metrics fractions")
+    if verb == "status":
+        flag(
+            "-w",
+            "--watch",
+            type=float,
+            nargs="?",
+            const=10.0,
+            metavar="SECONDS",
+            help="again and again, until all is over",
+        )
+        flag("--fresh", action="store_true", help="ask the queue now, not at most every 30 seconds (SIGHTLINE_QUEUE_S)")
     if verb == "logs":
-        flag("-f", "--follow", action="store_true", help="go on until the run ends")
+        flag("-f", "--follow", action="store_true", help="go on until all of them have ended")
+        flag("--tail", type=int, metavar="N", help="the last N lines of each only")
+        flag("--job", action="store_true", help="what the scheduler wrote, for jobs that died before anything else")
+    if verb == "retry":
+        what = "env.mem_gb=48: told anew, as far as no result depends on it; may be said several times"
+        flag("--set", action="append", metavar="KEY=VALUE", help=what)
+        flag("--halve-batch", action="store_true", help="half the batch, accumulated twice as often: the same run")
+        flag("--force", action="store_true", help="also those that ended by a bug in code that is still the same")
     if verb == "drill":
         flag("--steps", type=_at_least_4, metavar="N", help="train so many (20, or as many as take long enough)")
         difference = "the largest relative difference of a metric that is no loss (0: byte-identical)"
@@ -106,7 +129,11 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
     if verb == "ui":
         flag("--port", type=int, default=5000)
         flag("--store", metavar="URI", help="another store than OUTPUT_DIR/mlflow.db")
-    if verb in (None, "cancel"):
+    if verb == "prune":
+        flag("-n", "--dry-run", action="store_true", help="only show it")
+        flag("--days", type=float, default=14, metavar="N", help="abandoned: never started, and so old (14)")
+        flag("--replaced", action="store_true", help="also what fill --stale set aside, where it is so old")
+    if verb in (None, "cancel", "retry", "prune"):
         flag("-y", "--yes", action="store_true", help="do not ask")
     flag("--no-color", action="store_true", help="no colours; so does the variable NO_COLOR")
     return made
@@ -129,7 +156,7 @@ def _usage(verb: str | None) -> str:
         case "table":
             return "STUDY [KEY=VALUE...] [--format md|latex|csv|html|term ...]"
         case "logs":
-            return "RUN [-f]"
+            return "SELECTION [-f] [--tail N] [--job]"
         case "ingest" | "ui" | "doctor":
             return "[output_dir=DIR] [options]"
         case _:
@@ -139,7 +166,7 @@ def _usage(verb: str | None) -> str:
 def _epilog(verb: str | None) -> str:
     if verb is None:
         return "verbs:\n" + "".join(f"  {name:8} {what}\n" for name, what in VERBS.items()) + "\n" + EXITS
-    return (SELECTION if verb in ("status", "logs", "cancel", "retry") else "") + EXITS
+    return (SELECTION if verb in SELECT else "") + EXITS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -165,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.rest = words[flags:]  # analysis reads these
     else:
         args = reader.parse_intermixed_args(words)
-    sys.exit(_run(verb or "launch", args))
+    args.verb = verb or "launch"
+    sys.exit(_run(args.verb, args))
 
 
 def _run(verb: str, args: argparse.Namespace) -> int:

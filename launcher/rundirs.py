@@ -8,9 +8,10 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import yaml
@@ -19,19 +20,22 @@ import contract.settings
 from contract import rundir
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
-from launcher import NotFound
+from launcher import NotFound, breaker, why
 from launcher.identity import Input, find_encoder, takes_encoder
+from launcher.manifest import SUBMISSIONS
 from launcher.plan import Plan, Queued, Run, build, with_queue
 from launcher.supervisor import read_settings
 
-STUDIES, SUBMISSIONS, REPLACED = "studies", "submissions", "replaced"
+STUDIES, REPLACED = "studies", "replaced"
 PLANNED = time.time()  # what is newer was made by others, after this process looked
 
 
 # -- making -----------------------------------------------------------------------------------------------------------
 
 
-def prepare(run: Run, capsule: Path, commit: str | None, study: str | None) -> None:
+def prepare(
+    run: Run, capsule: Path, commit: str | None, study: str | None, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """The directory of one run, ready for its supervisor. Raises RunDirError for one of another configuration."""
     run.folder.mkdir(parents=True, exist_ok=True)
     if not rundir.write_once(run.folder / rundir.CONFIG, to_yaml(run.settings)):
@@ -55,6 +59,7 @@ def prepare(run: Run, capsule: Path, commit: str | None, study: str | None) -> N
         "commit": commit,
         "capsule": capsule.name,
         "submitted": time.time(),
+        **more,
     }
     rundir.write_json(run.folder / rundir.RUN, described | ({"study": study} if study else {}), sync=False)
 
@@ -120,16 +125,19 @@ class Submission:
     slots: int = 1  # how many side by side
     fresh: frozenset[str] = frozenset()  # the identities that had no directory before
     queue: Mapping[str, Queued] = field(default_factory=dict)  # what is queued already
+    canary: tuple[str, ...] = ()  # the identities that must end well before all others start
 
 
 def write(submission: Submission, plan: Plan, commit: str | None) -> None:
     """Everything on the disk that the runs need to be started, and a manifest of the whole plan."""
-    study, capsule = plan.name if plan.study else None, submission.capsule
+    study = plan.name if plan.study else None
+    mine = {"submission": submission.folder.name}
     for run in submission.runs:
         if run.state in ("stale", "reuse"):
             set_aside(run)
         if not run.runs_here:
-            prepare(run, capsule, commit, study)
+            waits = submission.canary and run.identity not in submission.canary
+            prepare(run, submission.capsule, commit, study, mine | ({"canary": submission.canary} if waits else {}))
     rundir.sync_all(submission.output_dir)
     started = {r.identity for r in submission.runs}
     manifest = {
@@ -139,8 +147,9 @@ def write(submission: Submission, plan: Plan, commit: str | None) -> None:
         "time": time.time(),
         "host": socket.gethostname(),
         "command": sys.argv[1:],
-        "capsule": capsule.name,
+        "capsule": submission.capsule.name,
         "commit": commit,
+        "canary": list(submission.canary),
         "runs": [{"index": i, **r.line(), "started": r.identity in started} for i, r in enumerate(plan.runs)],
     }
     submission.folder.mkdir(parents=True)
@@ -170,18 +179,20 @@ class Found:
     folder: Path
     info: Mapping[str, Any]
     state: str  # of the files and the queue
+    index: int = 0  # within the names of the selection
 
     @property
     def identity(self) -> str:
         return str(self.info["identity"])
 
 
-STATES = (*get_args(rundir.State), "queued", "blocked")
+STATES = (*get_args(rundir.State), "queued", "blocked", "held")
 
 
 def select(words: Iterable[str], output_dir: Path, queue: Mapping[str, Queued] | None = None) -> list[Found]:
     """SELECTION: any of the names (of a study, a sweep, a worker, the beginning of an identity), narrowed down by index
-    ranges (``0,4-7``, counted within the names), ``:state`` and ``key=value``. ``NAME:state`` works too."""
+    ranges (``0,4-7``, counted within the names), ``:state`` and ``key=value``. ``NAME:state`` works too, and
+    ``why=KIND`` or ``why=MARK`` for runs that failed so."""
     names: list[str] = []
     ranges: list[str] = []
     states: list[str] = []
@@ -199,24 +210,30 @@ def select(words: Iterable[str], output_dir: Path, queue: Mapping[str, Queued] |
     for state in states:
         if state not in STATES:
             raise SettingsError(contract.settings.unknown("state", state, STATES))
-    chosen = list(_named(names, output_dir))
-    if ranges:
-        wanted = _indices(ranges)
-        chosen = [folder for i, folder in enumerate(chosen) if i in wanted]
+    for value in [value for key, value in keys if key == "why"]:
+        if value not in why.KINDS and not re.fullmatch(r"[0-9a-f]{8}", value):
+            raise SettingsError(contract.settings.unknown("why", value, why.KINDS))
+    wanted = _indices(ranges)
     found = []
-    for folder in chosen:
+    held = breaker.held(output_dir)
+    for i, folder in enumerate(_named(names, output_dir)):
+        if ranges and i not in wanted:
+            continue
         try:
             info = rundir.read_run(folder)
-            found.append(Found(folder, info, _state(folder, info, queue or {})))
+            found.append(Found(folder, info, _state(folder, info, queue or {}, held), i))
         except rundir.RunDirError as error:  # one damaged run hides no other
             print(f"error: {error}", file=sys.stderr)
-    return [f for f in found if (not states or f.state in states) and all(_matches(f, k, v) for k, v in keys)]
+    found = [f for f in found if not states or f.state in states]
+    return [f for f in found if all(_matches(f, k, v, output_dir) for k, v in keys)]
 
 
-def _state(folder: Path, info: Mapping[str, Any], queue: Mapping[str, Queued]) -> str:
+def _state(folder: Path, info: Mapping[str, Any], queue: Mapping[str, Queued], held: Container[tuple[Any, Any]]) -> str:
     state = with_queue(rundir.state(folder), queue.get(str(info["identity"])))
+    if state in ("waiting", "queued", "stopped") and (info.get("submission"), info.get("stage")) in held:
+        return "held"
     if state == "waiting":  # for ever, where what it needs has come to an end
-        for parent in info.get("parents", ()):
+        for parent in (*info.get("parents", ()), *info.get("canary", ())):
             for at in folder.parent.parent.glob(f"*/{parent}"):
                 if with_queue(rundir.state(at), queue.get(str(parent))) in ("failed", "cancelled"):
                     return "blocked"
@@ -253,14 +270,17 @@ def _listed(name: str, output_dir: Path) -> Iterator[str]:
 
 def _indices(ranges: Sequence[str]) -> set[int]:
     wanted: set[int] = set()
-    for part in ",".join(ranges).split(","):
+    for part in ",".join(ranges).split(",") if ranges else ():
         low, _, high = part.partition("-")
         wanted |= set(range(int(low), int(high or low) + 1))
     return wanted
 
 
-def _matches(found: Found, key: str, value: str) -> bool:
+def _matches(found: Found, key: str, value: str, output_dir: Path) -> bool:
     """``seed=0``, ``tau=0.1``, ``data.name=digits``; numbers are compared as numbers."""
+    if key == "why":
+        cause = why.of_run(found.folder, output_dir) if found.state != "finished" else None
+        return cause is not None and value in (cause.kind, cause.mark)
     at: Any = contract.settings.plain(read_settings(found.folder))
     for part in key.split("."):
         if not isinstance(at, dict) or part not in at:
@@ -269,17 +289,24 @@ def _matches(found: Found, key: str, value: str) -> bool:
     return bool(at == yaml.safe_load(value)) or str(at) == value
 
 
-def again(found: Iterable[Found], output_dir: Path) -> list[Run]:
-    """Runs as they were launched, from their own files, parents before children. Raises RunDirError for one whose
-    settings mean another run today."""
+def again(
+    found: Iterable[Found],
+    output_dir: Path,
+    change: Callable[[Settings], Settings] | None = None,
+    said: frozenset[str] = frozenset(),
+) -> list[Run]:
+    """Runs as they were launched, from their own files, parents before children; with ``change``, in settings that no
+    result depends on, of which ``said`` are the keys. Raises RunDirError for one whose settings mean another run."""
     runs = []
     for each in found:
         settings = read_settings(each.folder)
+        settings = change(settings) if change else settings
         settings.output_dir = str(output_dir)  # where it is, wherever it was made
         source = _source(each, settings, output_dir) if takes_encoder(settings.worker) else None
-        run = build(settings, source, str(each.info.get("stage")))
+        run = build(settings, source, str(each.info.get("stage")), said)
         if run.identity != each.identity:
-            raise rundir.RunDirError(f"{each.folder}: its settings mean run {run.identity} today; launch that one anew")
+            now = "with this change" if change else "today"
+            raise rundir.RunDirError(f"{each.folder}: its settings mean run {run.identity} {now}; launch that one anew")
         runs.append(run)
     return sorted(runs, key=lambda r: len(r.parents))
 

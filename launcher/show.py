@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import re
-import signal
+import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -19,15 +19,16 @@ from rich.text import Text
 
 from contract import cost, rundir
 from contract.cost import Cost
-from launcher import prices, remarks
+from launcher import Refused, mending, prices, prune, remarks, why
+from launcher import canary as canaries
+from launcher.canary import Measured
 from launcher.plan import STATES, Plan, Run
-from launcher.rundirs import Found
 
 COLOURS = {
     "finished": "green", "reuse": "green", "running": "blue", "queued": "yellow", "waiting": "yellow", "new": "yellow",
     "stopped": "yellow", "stale": "magenta", "failed": "red", "cancelled": "bright_black", "blocked": "bright_black",
+    "held": "magenta",
 }  # fmt: skip
-RUN_STATES = ("finished", "running", "queued", "waiting", "blocked", "stopped", "failed", "cancelled")
 MOST_ROWS = 24
 AT_MOST = 12  # lines of a list; the rest is counted
 EVERY = 0.1  # of a run, between two lines where there is no terminal
@@ -43,8 +44,13 @@ def plain(text: Any) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
-def counts(head: Sequence[str], rows: Mapping[tuple[str, ...], Counter[str]], states: Iterable[str]) -> Table:
-    """One row per stage, one column per state that occurs."""
+def counts(
+    head: Sequence[str],
+    rows: Mapping[tuple[str, ...], Counter[str]],
+    states: Iterable[str],
+    more: Mapping[tuple[str, ...], str] = MappingProxyType({}),
+) -> Table:
+    """One row per stage, one column per state that occurs, and ``more`` at the end of a row."""
     total: Counter[str] = sum(rows.values(), Counter())
     shown = [s for s in states if total[s]]
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -52,9 +58,14 @@ def counts(head: Sequence[str], rows: Mapping[tuple[str, ...], Counter[str]], st
         table.add_column(name)
     for name in [*shown, "total"]:
         table.add_column(name, justify="right", style=COLOURS.get(name))
+    if more:
+        table.add_column("latest", overflow="ellipsis", no_wrap=True)
     lines = [*rows.items()] + ([(("all", *[""] * (len(head) - 1)), total)] if len(rows) > 1 else [])
     for names, found in lines:
-        table.add_row(*map(plain, names), *(str(found[s]) if found[s] else "-" for s in shown), str(found.total()))
+        said = [plain(more.get(names, ""))] if more else []
+        table.add_row(
+            *map(plain, names), *(str(found[s]) if found[s] else "-" for s in shown), str(found.total()), *said
+        )
     return table
 
 
@@ -69,6 +80,12 @@ def plan(out: Console, plan: Plan) -> None:
     if changed:
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         out.print(f"stale: made before these changed: {', '.join(changed[:4])}{more}; fill --stale makes them again")
+
+
+def canary(out: Console, first: Sequence[Run], rest: int) -> None:
+    stages = ", ".join(run.stage.removesuffix(" canary") for run in first)
+    which = f"seed={first[0].settings.seed} {first[0].identity}"
+    out.print(f"canary: {which} goes first, {first[0].settings.smoke} steps of {stages}; {runs(rest)} wait for it")
 
 
 def study(out: Console, plan: Plan, todo: Sequence[Run]) -> None:
@@ -103,11 +120,36 @@ def price(plan: Plan, todo: Sequence[Run]) -> str:
     said = runs(len(todo))
     if stages:
         parts = ", ".join(f"{stage} {each}" for stage, each in stages.items())
-        said += f", about {cost.total(stages.values())} ({parts}), as {runs(known.looked_at)} took"
+        how = [f"as {runs(known.looked_at)} took"] if known.looked_at else []
+        how += [f"{', '.join(sorted(known.canaries))} by its canary"] if known.canaries else []
+        said += f", about {cost.total(stages.values())} ({parts}), {'; '.join(how)}"
     if unknown:
         open_ones = ", ".join(f"{n} of {stage}" for stage, n in unknown.items())
         said += f"; of unknown price, as none has finished: {open_ones}"
     return said
+
+
+def resources(plan: Plan, todo: Sequence[Run]) -> str | None:
+    """What canaries say of memory, of the time of a step, and of the disk that is needed and there is."""
+    of: dict[str, tuple[Measured, int]] = {}
+    for run in todo:
+        if run.stage in of:
+            of[run.stage] = of[run.stage][0], of[run.stage][1] + 1
+        elif found := canaries.of_stage(plan.output_dir, run):
+            of[run.stage] = found[0], 1
+    if not of:
+        return None
+    parts = []
+    for stage, (what, _) in of.items():
+        said = [f"{size(what.peak_mb * 2**20)} of memory a process"]
+        said += [f"{size(what.gpu_mb * 2**20)} on the GPU"] if what.gpu_mb else []
+        said += [f"{what.step_s:.2g} s a step, {what.steps:,} steps"] if what.step_s else []
+        parts.append(f"{stage} {', '.join(said)}")
+    needed = sum(what.disk_mb * n for what, n in of.values())
+    at = next(p for p in (plan.output_dir, *plan.output_dir.parents) if p.exists())
+    free = shutil.disk_usage(at).free / 2**20
+    short = "; NOT ENOUGH, prune or choose another output_dir" if needed > free else ""
+    return f"by canary: {'; '.join(parts)}; disk {size(needed * 2**20)}, free {size(free * 2**20)}{short}"
 
 
 def runs(n: int) -> str:
@@ -120,25 +162,6 @@ def short(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def status(out: Console, found: Sequence[Found], output_dir: Path) -> None:
-    rows: dict[tuple[str, ...], Counter[str]] = {}
-    for each in found:
-        rows.setdefault((str(each.info.get("stage", "")), str(each.info["worker"])), Counter())[each.state] += 1
-    out.print(f"{plain(short(output_dir))}: {runs(len(found))}")
-    out.print(counts(["stage", "worker"], rows, RUN_STATES))
-    for state in ("running", "failed"):
-        some = [f for f in found if f.state == state]
-        for each in some[:AT_MOST]:
-            name = f"{each.info.get('name')} {each.identity[:8]} seed={each.info['seed']}"
-            how = progress(each.folder) if state == "running" else last_words(each.folder)
-            line = Text(f"{state:8}", style=COLOURS[state]).append(plain(f" {name}  {how}"), style="default")
-            out.print(line, overflow="ellipsis", no_wrap=True, soft_wrap=False)
-        if len(some) > AT_MOST:
-            out.print(f"{state:8} and {len(some) - AT_MOST} more: python launcher.py status :{state} --json")
-    if any(f.state in ("failed", "stopped", "cancelled", "blocked") for f in found):
-        out.print("next: python launcher.py logs RUN; python launcher.py retry :failed, :stopped or :cancelled")
 
 
 def progress(folder: Path) -> str:
@@ -165,22 +188,53 @@ def span(seconds: float) -> str:
 
 
 def last_words(folder: Path) -> str:
-    """Why the last attempt failed: what killed it, or the last line of its log that names an error."""
-    records, _ = rundir.read_journal(rundir.attempts_file(folder, 0))
-    last = records[-1] if records else {"event": "end"}
-    if last.get("event") != "end":
-        return "killed without a warning, or its machine went down"
-    if last.get("signal"):
-        return f"killed by {signal.Signals(int(last['signal'])).name}"
-    try:
-        with (folder / rundir.LOG).open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 16384))
-            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    except FileNotFoundError:
-        lines = []
-    ours = [line.rpartition("error: ")[2] for line in lines if "error: " in line]
-    raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?(?!.*ChildFailed)[\w.]*(Error|Exception)\b", line)]
-    return (ours or raised or lines or ["it left no word"])[-1][:300]
+    """Why the last attempt failed."""
+    cause = why.of_run(folder, folder.parent.parent)
+    return f"{cause.kind}: {cause.said}" if cause else "it left no word"
+
+
+def causes(out: Console, found: Sequence[mending.Group], words: Sequence[str]) -> None:
+    """Each with its evidence, its runs, and the command that mends it."""
+    for what, line in mending.lines(found, words):
+        if what == "cause":
+            kind, _, rest = plain(line).partition("  ")
+            out.print(Text(kind, style="red").append(f"  {rest}", style="default"), overflow="ellipsis", no_wrap=True)
+        else:
+            out.print({"runs": "  ", "mend": "  -> "}.get(what, "") + plain(line))
+
+
+def prunable(out: Console, items: Sequence[prune.Item]) -> None:
+    """What, how many, how much, and why it may go."""
+    if not items:
+        out.print("nothing may go")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("what", "count", "size", "why it may go", "for instance"):
+        table.add_column(name, justify="right" if name in ("count", "size") else "left")
+    for what, reason in prune.REASONS.items():
+        some = [item for item in items if item.what == what]
+        if some:
+            most = max(some, key=lambda item: item.size)
+            table.add_row(what, f"{len(some):,}", size(sum(i.size for i in some)), reason, plain(short(most.path)))
+    out.print(table)
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def agreed(what: str, yes: bool, most: int = 0, count: int = 1) -> bool:
+    """Does the person want it? Not asked with ``yes``, nor up to ``most``. Raises Refused where nobody can answer."""
+    if yes or count <= most:
+        return True
+    if not sys.stdin.isatty():
+        above = f" to do more than {most} without being asked" if most else ""
+        raise Refused(f"{what}; add -y{above}")
+    return input(f"{what}? [y/N] ").strip().lower() in ("y", "yes")
 
 
 class Watch:

@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +17,20 @@ import yaml
 
 from contract import rundir
 from contract.settings.checks import SettingsError
-from launcher import CONFIGS, NotFound, Refused, backends, capsule, filling, mirror, queues, rundirs, show
+from launcher import (
+    CONFIGS,
+    NotFound,
+    Refused,
+    backends,
+    canary,
+    capsule,
+    filling,
+    mending,
+    mirror,
+    queues,
+    rundirs,
+    show,
+)
 from launcher.plan import Plan, Queued, Run, absolute, check_data
 from launcher.rundirs import Found, Submission
 
@@ -34,14 +46,19 @@ def launch(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     found = _plan(args)
-    found = queues.told(found, queues.asked(found.output_dir, clean=False, patient=True))
+    found = queues.told(found, queues.glance(found.output_dir).runs)
     if args.json:
         _json_lines(run.line() for run in found.runs)
         return 0
     out = show.console(args.no_color)
     show.plan(out, found)
+    todo = found.todo()
     if found.study:
-        show.study(out, found, found.todo())
+        show.study(out, found, todo)
+    elif todo:
+        out.print(f"to do: {show.price(found, todo)}")
+    if said := show.resources(found, todo):
+        out.print(said)
     words = shlex.join(args.words)
     verb = "fill" if found.todo() else "table" if found.study else "status"
     out.print(f"next: python launcher.py {verb} {words}")
@@ -72,20 +89,36 @@ def retry(args: argparse.Namespace) -> int:
     words, output_dir = _place(args.words)
     if not words:
         raise SettingsError("retry: say which, for instance :failed or a run's identity")
+    change, said = mending.change(args.set or (), args.halve_batch)
     queue = queues.asked(output_dir)
     found = rundirs.select(words, output_dir, queue)
     chosen = [f for f in found if f.state not in ("finished", "running", "queued")]
+    runs = rundirs.again(chosen, output_dir, change, said)
+    if not args.force and (bugs := mending.bugs(chosen, output_dir, {r.identity: r.code.hash for r in runs})):
+        chosen, runs = [f for f in chosen if f.identity not in bugs], [r for r in runs if r.identity not in bugs]
+        why = f"{show.runs(len(bugs))} ended by a bug in code that is still the same ({next(iter(bugs.values())).said})"
+        if not chosen:
+            raise Refused(f"{why}; mend it, or add --force")
+        print(f"left out: {why}; add --force to start them all the same", file=sys.stderr)
     if not chosen:
         print("nothing to retry", file=sys.stderr)
         return 0
+    if not args.dry_run and not show.agreed(f"retry {show.runs(len(chosen))}", args.yes, ASK_ABOVE, len(chosen)):
+        return 4
     ready = {f.identity for f in chosen}
     waiting = [f for f in rundirs.select([":waiting", ":blocked"], output_dir, queue) if f.identity not in ready]
-    chosen += [f for f in waiting if ready.intersection(f.info.get("parents", ()))]  # what waited for them
-    runs = rundirs.again(chosen, output_dir)
+    behind: list[Found] = []
+    while more := [f for f in waiting if f not in behind and ready.intersection(f.info.get("parents", ()))]:
+        behind += more  # what waited for them, and what waited for that
+        ready |= {f.identity for f in more}
+    runs += rundirs.again(behind, output_dir)
+    if "env.max_parallel" in said and runs:  # of the launch, not of a run
+        for run in runs:
+            run.settings.env.max_parallel = runs[0].settings.env.max_parallel
     if not args.dry_run:
         for run in runs:
             rundirs.allow(run.folder)
-    runs = [dataclasses.replace(r, state="new") for r in runs]
+    runs = [dataclasses.replace(r, state="new") for r in sorted(runs, key=lambda r: len(r.parents))]
     return _start(Plan(name="retry", output_dir=output_dir, runs=tuple(runs)), args)
 
 
@@ -136,7 +169,15 @@ def _start_in_turn(found: Plan, args: argparse.Namespace) -> int:
         if not args.quiet:
             out.print("nothing to do")
         return 0
-    submission, backend, code = _submission(found, todo, queue)
+    gate: tuple[str, ...] = ()
+    if args.verb != "retry" and canary.wanted(todo):
+        small = queues.told(dataclasses.replace(found, runs=tuple(canary.of(found, todo))), queue).runs
+        gate = tuple(run.identity for run in small if run.state != "reuse" or run in canary.to_run(small))
+        first = canary.to_run(small)
+        if gate and not args.quiet:
+            show.canary(out, first or small, len(todo))
+        found, todo = dataclasses.replace(found, runs=(*found.runs, *small)), [*first, *todo]
+    submission, backend, code = _submission(found, todo, queue, gate)
     if prepared:
         shutil.rmtree(prepared, ignore_errors=True)  # of a job that was killed over it
         submission = dataclasses.replace(submission, folder=prepared)
@@ -160,7 +201,7 @@ def _start_in_turn(found: Plan, args: argparse.Namespace) -> int:
 
 
 def _submission(
-    found: Plan, todo: Sequence[Run], queue: Mapping[str, Queued]
+    found: Plan, todo: Sequence[Run], queue: Mapping[str, Queued], gate: tuple[str, ...]
 ) -> tuple[Submission, backends.Backend, capsule.Capsule]:
     schedulers = {r.settings.env.scheduler for r in todo}
     if len(schedulers) > 1:
@@ -188,6 +229,7 @@ def _submission(
         slots=slots,
         fresh=frozenset(r.identity for r in todo if not r.folder.exists()),
         queue=queue,
+        canary=gate,
     )
     return submission, backend, code
 
@@ -196,47 +238,68 @@ def _submission(
 
 
 def status(args: argparse.Namespace) -> int:
+    from launcher import status
+
     words, output_dir = _place(args.words)
-    found = _select(words, output_dir, queues.asked(output_dir, patient=True))
+    return status.main(args, words, output_dir)
+
+
+def why(args: argparse.Namespace) -> int:
+    words, output_dir = _place(args.words)
+    queue = queues.glance(output_dir).runs
+    found = _select(words, output_dir, queue)
+    groups = mending.groups(found, rundirs.select([], output_dir, queue) if words else found, output_dir)
     if args.json:
-        _json_lines(_described(f) for f in found)
+        _json_lines(mending.described(group, args.words) for group in groups)
+    elif groups:
+        show.causes(show.console(args.no_color), groups, args.words)
     else:
-        show.status(show.console(args.no_color), found, output_dir)
-    states = {f.state for f in found}
-    if "failed" in states:
-        return 100
-    if states & {"running", "queued", "waiting", "blocked", "stopped"}:
-        return 101
-    return 103 if "cancelled" in states else 0
-
-
-def _described(found: Found) -> dict[str, object]:
-    record = rundir.last_record(found.folder / rundir.METRICS) or {}
-    info = {key: found.info.get(key) for key in ("identity", "group", "name", "worker", "stage", "seed")}
-    return {**info, "state": found.state, "step": record.get("step"), "of": record.get("of"), "dir": str(found.folder)}
+        print("nothing failed", file=sys.stderr)
+    states = {f.state for group in groups for f in group.runs}
+    return 100 if states - {"stopped"} else 101 if states else 0
 
 
 def logs(args: argparse.Namespace) -> int:
+    from launcher import logs
+
     words, output_dir = _place(args.words)
-    match _select(words, output_dir) if words else []:
-        case [one]:
-            path = one.folder / rundir.LOG
-        case []:
-            raise SettingsError("logs: say which run; python launcher.py status --json lists them")
-        case many:
-            raise SettingsError(f"logs: {len(many)} runs match: {', '.join(f.identity for f in many[:12])}")
-    offset = 0
-    while True:
-        over = rundir.state(one.folder) != "running"  # looked at before the last read, so that no line is missed
-        if path.exists():
-            with path.open("rb") as file:
-                file.seek(offset)
-                sys.stdout.buffer.write(file.read())
-                offset = file.tell()
-            sys.stdout.flush()
-        if over or not args.follow:
-            return 0
-        time.sleep(0.5)
+    if not words:
+        raise SettingsError("logs: say which runs; python launcher.py status --json lists them")
+    return logs.follow(
+        _select(words, output_dir, queues.glance(output_dir).runs),
+        output_dir,
+        lambda: set(queues.glance(output_dir).runs),
+        on=args.follow,
+        tail=args.tail,
+        job=args.job,
+        colour=sys.stdout.isatty() and not args.no_color and "NO_COLOR" not in os.environ,
+    )
+
+
+def prune(args: argparse.Namespace) -> int:
+    from launcher import prune
+
+    words, output_dir = _place(args.words)
+
+    def look() -> list[prune.Item]:
+        queued = set(queues.asked(output_dir, clean=False))  # where that is not known, nothing goes
+        found = _select(words, output_dir) if words else rundirs.select([], output_dir)
+        return prune.items(found, output_dir, queued, days=args.days, everything=not words, replaced=args.replaced)
+
+    items = look()
+    if args.json:
+        _json_lines(item.line() for item in items)
+    else:
+        show.prunable(show.console(args.no_color), items)
+    if not items or args.dry_run:
+        return 0
+    if not show.agreed(f"remove these {len(items)}, {show.size(sum(item.size for item in items))}", args.yes):
+        return 4
+    with queues.turn(output_dir):  # nothing is sent to a queue in between
+        again = {item.path for item in look()}
+        gone = [item for item in items if item.path in again and prune.remove(item, output_dir)]
+    print(f"removed {len(gone)}, {show.size(sum(item.size for item in gone))}", file=sys.stderr)
+    return 0
 
 
 def cancel(args: argparse.Namespace) -> int:
@@ -245,11 +308,8 @@ def cancel(args: argparse.Namespace) -> int:
         raise SettingsError("cancel: say which, for instance :waiting or a run's identity")
     queue = queues.asked(output_dir)
     chosen = [f for f in _select(words, output_dir, queue) if f.state not in ("finished", "cancelled")]
-    if len(chosen) > ASK_ABOVE and not args.yes:
-        if not sys.stdin.isatty():
-            raise Refused(f"cancel: {len(chosen)} runs; add -y to cancel more than {ASK_ABOVE} without being asked")
-        if input(f"cancel {len(chosen)} runs? [y/N] ").strip().lower() not in ("y", "yes"):
-            return 4
+    if not show.agreed(f"cancel {show.runs(len(chosen))}", args.yes, ASK_ABOVE, len(chosen)):
+        return 4
     for each in chosen:
         (each.folder / rundir.CANCELLED).touch()
     gone = {f.identity for f in chosen}

@@ -10,12 +10,13 @@ import contextlib
 import hashlib
 import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from contract import rundir
+from launcher import job_logs
 
 HOST_OOM, CUDA_OOM, NCCL, NODE, DISK = "host OOM", "CUDA OOM", "NCCL time-out", "node failure", "disk full"
 DATA, PREEMPTED, TIME, STALLED = "data missing", "preempted", "time limit", "stalled"
@@ -23,7 +24,6 @@ BUG, KILLED, GAVE_UP, UNKNOWN = "user bug", "killed", "gave up", "unknown"
 KINDS = (
     HOST_OOM, CUDA_OOM, NCCL, NODE, DISK, DATA, PREEMPTED, TIME, STALLED, BUG, KILLED, GAVE_UP, UNKNOWN,
 )  # fmt: skip
-TAIL = 65536  # bytes of a log that are looked at
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ SCHEDULER = {
     HOST_OOM: r"oom[-_ ]?kill(er)?\b.*|\bOut Of Memory\b|OUT_OF_MEMORY|[Ee]xceeded (job|step|\w*) ?memory limit|"
     r"TERM_MEMLIMIT|TERM_SWAP|[Mm]emory cgroup out of memory|Out of memory: Kill",
     TIME: r"DUE TO TIME LIMIT|TERM_RUNLIMIT|TERM_CPULIMIT|TERM_DEADLINE",
-    PREEMPTED: r"DUE TO PREEMPTION|TERM_PREEMPT|TERM_OWNER|TERM_FORCE_OWNER|TERM_LOAD|TERM_WINDOW",
-    NODE: r"DUE TO NODE FAIL|NODE_FAIL\b|[Nn]ode failure on|DUE TO JOB NOT ENDING WITH SIGNALS|TERM_(UNKNOWN|ZOMBI)",
+    PREEMPTED: r"DUE TO PREEMPTION|TERM_PREEMPT|TERM_LOAD|TERM_WINDOW",
+    NODE: r"DUE TO NODE FAIL|NODE_FAIL\b|[Nn]ode failure on|DUE TO JOB NOT ENDING WITH SIGNALS",
+    KILLED: r"TERM_(FORCE_)?(OWNER|ADMIN)|TERM_EXTERNAL_SIGNAL",
 }
 # By the worker, torch and the C libraries, the surest first.
 WORKER = {
@@ -129,14 +130,18 @@ def of_text(
         return _cause(NCCL, talk[-1].text, **_root(log))
     if record.get("event") == "start":
         return _vanished(record, job_log)
-    return _cause(UNKNOWN, next((line for line in reversed(_lines(log)) if line), "it left no word"))
+    lines = [line for line in log.splitlines() if line.strip()]
+    telling = [
+        line for line in lines if re.search(r"error|denied|not found|No such|rror:", line) and "srun: " not in line
+    ]
+    return _cause(UNKNOWN, (telling or lines or ["it left no word"])[-1])
 
 
 def of_scheduler(job_log: str) -> Cause | None:
     """What the scheduler says of the job, if it says anything of a cause."""
     for kind, pattern in SCHEDULER.items():
         if line := _line(job_log, pattern):
-            on = re.search(r"(?:\bON |[Nn]ode failure on |error: )([\w.-]+)(?: CANCELLED|: task|,|$)", line)
+            on = re.search(r"(?:\bON |[Nn]ode failure on )([\w.-]+)", line)
             where: dict[str, Any] = {"node": on[1]} if on and kind == NODE else {}
             if peak := re.search(r"Max Memory :\s+([\d.]+) ([KMGT])", job_log):
                 where["peak_mb"] = round(float(peak[1]) * 1024.0 ** ("KMGT".index(peak[2]) - 1))
@@ -179,7 +184,7 @@ def _missing(text: str, data_path: str | None, bug: Traceback | None) -> str | N
 
 def _time_out(log: str, processes: int | None) -> Cause:
     """A collective that not all ranks took part in. The one that is missing did not report, or is behind the others."""
-    line = _line(log, TIMED_OUT.pattern)
+    line = FRONT.sub("", _line(log, TIMED_OUT.pattern), count=1)
     said: dict[int, int] = {}  # rank -> the last work that it is known to have begun
     for m in re.finditer(r"Rank (\d+)\] .*?SeqNum=(\d+)", log):
         said[int(m[1])] = max(said.get(int(m[1]), 0), int(m[2]))
@@ -296,9 +301,13 @@ def normal(text: str) -> str:
 # -- lines -------------------------------------------------------------------------------------------------------------
 
 
+# Times, ranks and where in torch's sources: no evidence.
+FRONT = re.compile(r"\s*(\[rank ?\d+\]:?\s?|\[[EWI]\d{3,4} [\d:.]+ \S+\] |[\d-]{10} [\d:]{8} |error: )*")
+
+
 def _cause(kind: str, said: str, of: str = "", **where: Any) -> Cause:
     mark = hashlib.blake2b(f"{kind}\n{of}".encode("utf-8", "replace"), digest_size=4).hexdigest()
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(said.split()))
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(FRONT.sub("", said, count=1).split()))
     return Cause(kind, mark, line[:300], where)
 
 
@@ -306,19 +315,13 @@ def _plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).replace("\r", "\n")
 
 
-def _lines(text: str) -> list[str]:
-    """Without the times and ranks in front."""
-    front = r"^(\[rank\d+\]:\s?)?(\[[EWI]\d{4} [\d:.]+ \S+\] |\d{4}-\d\d-\d\d \d\d:\d\d:\d\d )?"
-    return [re.sub(front, "", line).strip() for line in text.splitlines()]
-
-
 def _line(text: str, pattern: str) -> str:
-    """The first line with it; for a message of many words, the line."""
+    """The first line that has it."""
     found = re.search(pattern, text)
     if not found:
         return ""
     start, end = text.rfind("\n", 0, found.start()) + 1, text.find("\n", found.start())
-    return _lines(text[start : end if end >= 0 else None])[0]
+    return text[start : end if end >= 0 else None]
 
 
 def _error(log: str) -> str | None:
@@ -331,19 +334,19 @@ def _error(log: str) -> str | None:
 
 
 def of_run(folder: Path, output_dir: Path) -> Cause | None:
-    """Why the last attempt of a run ended; None for one that is finished, or was never started and is not known to have
-    died before. What the supervisor wrote down is believed, unless the scheduler knows better."""
+    """Why the last attempt of a run ended; None for one that is finished, or whose first is still to come. What the
+    supervisor wrote down is believed, unless the scheduler knows better."""
     if (folder / rundir.DONE).exists():
         return None
     records, _ = rundir.read_journal(rundir.attempts_file(folder, 0))
     start = next((r for r in reversed(records) if r.get("event") == "start"), None)
     if start is None:
-        return None
+        return _stillborn(folder, output_dir)
     ends = (r for r in reversed(records) if r.get("event") == "end" and r.get("attempt") == start.get("attempt"))
     record = next(ends, start)
     if record.get("cause") == "finished":
         return None
-    said = job_log(folder, output_dir, start)
+    said = job_logs.of_attempt(folder, output_dir, start)
     if record.get("mark"):
         found = Cause(str(record["why"]), str(record["mark"]), str(record.get("said")), record.get("where") or {})
         knows = of_scheduler(said)
@@ -353,7 +356,7 @@ def of_run(folder: Path, output_dir: Path) -> Cause | None:
         processes = None
         with contextlib.suppress(rundir.RunDirError):
             processes = rundir.read_run(folder).get("processes")
-        log = tail(folder / rundir.LOG, int(start.get("log") or 0))
+        log = job_logs.tail(folder / rundir.LOG, int(start.get("log") or 0))
         found = of_text(log, record, said, data_path=_data_path(folder), processes=processes)
     return _on(found, folder, start)
 
@@ -378,39 +381,9 @@ def _data_path(folder: Path) -> str | None:
     return None
 
 
-def tail(path: Path, start: int = 0) -> str:
-    """The end of a file, at most TAIL bytes and from ``start`` on; nothing where there is none."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(start if start <= size else 0, size - TAIL))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def job_logs(folder: Path, output_dir: Path, job: str) -> Iterator[Path]:
-    """What the scheduler keeps of an element, ``12_3`` (Slurm) or ``12[3]`` (LSF), if it is there."""
-    if lsf := re.fullmatch(r"(\d+)\[(\d+)\]", job):
-        names = [f"{lsf[1]}.{lsf[2]}.out"]
-    else:
-        nodes = max(1, sum(1 for _ in folder.glob("attempts.*.jsonl")))
-        names = [f"{job}_{task}_log.out" for task in range(nodes)]
-    for logs in sorted(output_dir.glob("submissions/*/logs")):
-        yield from (logs / name for name in names if (logs / name).is_file())
-
-
-MARKER = "attempt {attempt} of {identity}"  # a supervisor in a job says so, in the job's own log
-
-
-def job_log(folder: Path, output_dir: Path, start: Mapping[str, Any]) -> str:
-    """What the scheduler's log has of this attempt. A job that is queued again goes on writing to the same file."""
-    if not start.get("job"):
-        return ""
-    texts = []
-    marker = MARKER.format(attempt=start.get("attempt"), identity=folder.name)
-    for path in job_logs(folder, output_dir, str(start["job"])):
-        text = tail(path)
-        _, here, rest = text.rpartition(marker)
-        texts.append(re.split(r"^attempt \S+ of \w+$", rest, maxsplit=1, flags=re.MULTILINE)[0] if here else text)
-    return "\n".join(texts)
+def _stillborn(folder: Path, output_dir: Path) -> Cause | None:
+    """A run that was queued, and whose job ended before it was started: the job's own log is all there is."""
+    text = "\n".join(job_logs.tail(path) for path in job_logs.of_run(folder, output_dir)[-2:])
+    if not text.strip():
+        return None
+    return of_scheduler(text) or of_text(text, {"cause": "failed"})

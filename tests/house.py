@@ -36,6 +36,24 @@ print("threads", os.environ["OMP_NUM_THREADS"], "rank", rank, flush=True)
 print("devices", os.environ.get("CUDA_VISIBLE_DEVICES"), "VERSION 1", flush=True)
 if os.environ.get("FAKE_FAIL") == str(config["seed"]) and not (folder / "mended").exists():
     raise ValueError(f"seed {config['seed']} is unlucky")
+faults = json.loads(os.environ.get("FAKE_FAULTS", "{}"))  # {"bug": [seed, ...]}, each until it is mended
+fault = next((name for name, seeds in faults.items() if config["seed"] in seeds), None)
+mended = (folder.parent.parent / "mended").exists()
+if fault == "bug" and not mended:
+    raise KeyError(f"mask {config['seed']}")
+if fault == "oom" and not config["env"]["mem_gb"] and config["env"]["max_parallel"] != 1:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
+    bytearray(2**30)
+if fault == "disk" and not mended:
+    with open("/dev/full", "w") as file:
+        file.write("x")
+if fault == "data" and not mended:
+    print("2026-01-01 00:00:00 error: data_path=/no/pictures: no such folder; expected train/CLASS/*.jpg")
+    sys.exit(1)
+if fault == "kill" and not mended:
+    os.kill(os.getpid(), 9)
 while step < steps:
     time.sleep(float(os.environ.get("FAKE_STEP_S", "0")))
     if not os.environ.get("FAKE_STUCK"):
@@ -64,7 +82,7 @@ class House:
 
     def environ(self, **more: str) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
-        return {**clean, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", **more}
+        return {**clean, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "SIGHTLINE_QUEUE_S": "0", **more}
 
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from contract import rundir
 from launcher import Unavailable
+from launcher.manifest import SUBMISSIONS
 from launcher.plan import Queued
-from launcher.rundirs import SUBMISSIONS, Submission
+from launcher.rundirs import Submission
 
 
 class Report(Protocol):

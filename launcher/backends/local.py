@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from contract import rundir
+from launcher import breaker
 from launcher.backends import Report
 from launcher.plan import Queued, Run, visible_gpus
 from launcher.processes import signal_tree
@@ -156,17 +157,30 @@ class _Session:
             match self._parents(run):
                 case "finished":
                     self.waiting.remove(run)
-                    if rundir.state(run.folder) == "running":
+                    if breaker.holds(run.folder, rundir.read_run(run.folder)):
+                        self._hold(run)
+                    elif rundir.state(run.folder) == "running":
                         self._leave_to_another(run)
                     else:
                         self._start_one(run)
                 case "failed":
                     self.waiting.remove(run)
-                    self._end(run, None, f"not started: it needs {', '.join(run.parents)}, which did not finish")
+                    self._end(run, None, f"not started: it needs {', '.join(self._needs(run))}, which did not finish")
+
+    def _needs(self, run: Run) -> tuple[str, ...]:
+        canary = self.submission.canary
+        return run.parents if run.identity in canary else (*run.parents, *canary)
+
+    def _hold(self, run: Run) -> None:
+        """This stage is held, and all of it that waits."""
+        others = [each for each in self.waiting if each.stage == run.stage]
+        self.waiting = [each for each in self.waiting if each not in others]
+        self.ends |= {each.identity: None for each in others}
+        self._end(run, None, f"held, and {len(others)} more: those before ended alike; python launcher.py status")
 
     def _parents(self, run: Run) -> rundir.State:
         pending = {r.identity for r in [*self.waiting, *self.elsewhere, *(a.run for a in self.active)]}
-        for parent in run.parents:
+        for parent in self._needs(run):
             if parent in pending:
                 return "waiting"
             if self.ends.get(parent) != "finished":

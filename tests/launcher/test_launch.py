@@ -50,7 +50,7 @@ def test_a_failure_is_told_with_its_reason_and_blocks_only_what_needs_it(house):
     status = house.run("status")
     assert status.returncode == 100
     assert "ValueError: seed 0 is unlucky" in status.stdout
-    retried = house.run("retry", ":failed")
+    retried = house.run("retry", ":failed", "--force")
     assert retried.returncode == 0, retried.stderr
     assert house.run("status").returncode == 0  # what was blocked ran, too
 

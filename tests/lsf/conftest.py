@@ -69,6 +69,18 @@ class Lsf:
         )
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **self.env}, check=True)
 
+    def kill(self, number: str, index: str, reason: str) -> None:
+        """As LSF itself does, with the reason in the job's report."""
+        code = (
+            "import os, signal\n"
+            "from tests.lsf.standin import state\n"
+            "with state.opened() as now:\n"
+            f"    element = now['jobs'][{number!r}]['elements'][{index!r}]\n"
+            f"    element['reason'] = {reason!r}\n"
+            "    os.killpg(element['pid'], signal.SIGKILL)\n"
+        )
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **self.env}, check=True)
+
     def stats(self) -> list[str]:
         path = self.folder / "state.json"
         jobs = self.state()["jobs"].values() if path.exists() else []

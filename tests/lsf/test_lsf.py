@@ -50,7 +50,7 @@ def test_a_pipeline_where_one_element_fails_and_is_mended(house, lsf):
     house.wait_for(lsf.idle)
     odd = [s for s in house.states(code=100) if s[2] != "finished"]
     assert odd == [("knn", 1, "blocked"), ("linprobe", 1, "blocked"), ("lmim", 1, "failed")]
-    house.run("retry", ":failed")
+    house.run("retry", ":failed", "--force")
     house.wait_for(lambda: house.all("finished"))
     assert len(lsf.state()["jobs"]) == 6
 
@@ -162,7 +162,7 @@ def test_jobs_that_lsf_forgot(house, lsf):
     house.wait_for(lsf.idle)
     lsf.profile(clean_period_s=0)
     assert house.states(code=100) == [("lmim", 0, "finished"), ("lmim", 1, "failed")]
-    house.run("retry", ":failed")
+    house.run("retry", ":failed", "--force")
     house.wait_for(lambda: house.all("finished"))
     asked = lsf.calls("bjobs")
     house.run("status")

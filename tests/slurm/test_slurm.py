@@ -97,6 +97,7 @@ def test_a_time_limit_is_foreseen_without_a_signal(house):
     (folder,) = house.runs()
     assert house.causes(folder)[0] == "stopped"
     assert house.causes(folder)[-1] == "finished"
+    assert next(r["why"] for r in rundir.attempts(folder) if r.get("cause") == "stopped") == "time limit"
     assert house.steps(folder) == [*range(1, 31)]
 
 
@@ -217,7 +218,7 @@ def test_a_pipeline_where_one_element_fails_and_is_mended(house, cluster):
     states = [json.loads(line) for line in house.run("status", "--json", code=100).stdout.splitlines()]
     found = sorted((s["stage"], s["seed"], s["state"]) for s in states if s["state"] != "finished")
     assert found == [("knn", 1, "blocked"), ("linprobe", 1, "blocked"), ("lmim", 1, "failed")]
-    house.run("retry", ":failed")
+    house.run("retry", ":failed", "--force")
     house.wait_for(lambda: house.all("finished"))
 
 

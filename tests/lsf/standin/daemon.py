@@ -166,13 +166,14 @@ class Daemon:
             end=time.time(),
             history=[*element["history"], how],
         )
+        report = f"{reason}.\n{how}." if (reason := element.get("reason")) else f"{how}."
         place = (
             Path(job["cwd"], str(job["output"]).replace("%J", number).replace("%I", index)) if job["output"] else None
         )
         if place and place.parent.is_dir():
             with place.open("ab") as file:
                 file.write(
-                    said + b"\n------------------------------------------------------------\n" + how.encode() + b".\n"
+                    said + b"\n------------------------------------------------------------\n" + report.encode() + b"\n"
                 )
 
 
