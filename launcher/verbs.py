@@ -353,7 +353,9 @@ def ui(args: argparse.Namespace) -> int:  # noqa: RET503  # ends in exec
 def drill(args: argparse.Namespace) -> int:
     from launcher import drill
 
-    args.words = args.words or ["worker=main_lmim"]
+    study = args.words and "=" not in args.words[0]
+    if not study and args.config_name == "config" and not any(word.startswith("worker=") for word in args.words):
+        args.words.insert(0, "worker=main_lmim")
     return drill.drill(_plan(args), args)
 
 

@@ -98,7 +98,7 @@ class House:
     def run(self, *words: str, code: int | None = None, **more: str) -> subprocess.CompletedProcess[str]:
         """``code``: the exit code that it must have."""
         process = self.start(*words, **more)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
         assert code in (None, process.returncode), err
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 

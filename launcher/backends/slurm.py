@@ -123,7 +123,13 @@ class Backend:
             _call("scancel", f"{array}_[{numbers}]")
 
     def signal(self, jobs: Sequence[str], name: str) -> None:
-        _call("scancel", f"--signal={name}", *jobs)  # to the steps, as a preemption does
+        """To the jobs' steps, as a preemption does. KILL by the steps' own names: sent to a job it means to cancel it,
+        which warns first."""
+        if name == "KILL":
+            steps = _call("squeue", "-s", "-h", "-j", ",".join(jobs), "-o", "%i").split()
+            jobs = [step for step in steps if not step.endswith((".batch", ".extern"))]
+        if jobs:  # of nothing scancel would say that nothing was said
+            _call("scancel", f"--signal={name}", *jobs)
 
 
 def script(array: Array, number: int, submission: Submission, cap: int | None) -> str:
