@@ -89,10 +89,7 @@ def _behind(found: Sequence[Found], failed: set[str]) -> set[str]:
 
 
 def _good(found: Iterable[Found], stages: set[Any]) -> tuple[int, int]:
-    peaks = []
-    for each in found:
-        if each.state == "finished" and each.info.get("stage") in stages:
-            peaks.append(_peak(each.folder))
+    peaks = [_peak(f.folder) for f in found if f.state == "finished" and f.info.get("stage") in stages]
     return len(peaks), max(peaks, default=0)
 
 
