@@ -267,6 +267,8 @@ def _tracebacks(log: str) -> tuple[list[Traceback], list[Traceback]]:
     ended: list[Traceback] = []
     ignored = False
     for line in log.splitlines():
+        if not open_ones and "Traceback" not in line and not line.startswith("Exception ignored in"):
+            continue  # nearly all
         prefix = re.match(r"\[(?:rank|default)(\d+)\]:\s?", line)
         stream, text = (prefix[1], line[prefix.end() :]) if prefix else ("", line)
         if "Traceback (most recent call last)" in text:

@@ -104,6 +104,7 @@ def run_of_two_nodes(folder, job, log, end):
         rundir.attempts_file(folder, node).write_text(lines)
     logs = folder.parent.parent / "submissions" / "x" / "logs"
     logs.mkdir(parents=True)
+    rundir.write_json(logs.parent / "manifest.json", {"runs": []})
     return logs / f"{job}_0_log.out"
 
 
