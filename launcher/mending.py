@@ -83,7 +83,7 @@ def _behind(found: Sequence[Found], failed: set[str]) -> set[str]:
         for f in found
         if f.state in ("blocked", "waiting")
         and f.identity not in behind
-        and (failed | behind).intersection(f.info.get("parents", ()))
+        and (failed | behind).intersection((*f.info.get("parents", ()), *f.info.get("canary", ())))
     }:
         behind |= more
     return behind

@@ -318,6 +318,9 @@ def _next(seen: Seen) -> Iterator[str]:
     """What a person may want to say now."""
     if seen.of("failed"):
         yield "python launcher.py why"
+    canaries = [f for f in seen.of("failed") if str(f.info.get("stage", "")).endswith(canary.SUFFIX)]
+    if canaries and any(f.info.get("canary") for f in seen.of("waiting", "blocked")):
+        yield "mend it and say the launch again: nothing but its canary has started"
     for reason, runs in _held(seen):
         sweep = show.plain(str(runs[0].info.get("submission")))
         stage = f" ({show.plain(reason['stage'])})" if len(seen.held) > 1 else ""

@@ -90,7 +90,7 @@ def retry(args: argparse.Namespace) -> int:
     if not words:
         raise SettingsError("retry: say which, for instance :failed or a run's identity")
     change, said = mending.change(args.set or (), args.halve_batch)
-    queue = queues.asked(output_dir)
+    queue = queues.asked(output_dir, clean=not args.dry_run)
     found = rundirs.select(words, output_dir, queue)
     chosen = [f for f in found if f.state not in ("finished", "running", "queued")]
     runs = rundirs.again(chosen, output_dir, change, said)

@@ -53,7 +53,9 @@ def test_a_canary_that_fails_releases_nothing(house, cluster):
     states = house.states(code=100)
     assert [s for s in states if s[2] == "failed"] == [("lmim canary", 0, "failed")]
     assert {s[2] for s in states} == {"failed", "blocked"}
-    assert "canary   1 blocked, 1 failed; 24 runs wait for it" in house.run("status", code=100).stdout
+    shown = house.run("status", code=100).stdout
+    assert "canary   1 blocked, 1 failed; 24 runs wait for it" in shown
+    assert "nothing but its canary has started" in shown
     # Mended: the canary again, then all of the rest.
     house.run(*words)
     house.wait_for(lambda: house.all("finished"), 90)
