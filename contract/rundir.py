@@ -40,8 +40,9 @@ HEARTBEAT_S = 5.0  # how often a supervisor touches owner.json
 STALE_S = 90.0  # an owner on another host that was silent for so long has lost the run
 
 State = Literal["finished", "running", "cancelled", "failed", "stopped", "waiting"]
-"""``finished``: done.json. ``running``: a live owner. ``stopped``: left after a request to save, will go on when
-started again. ``failed``: the last attempt ended badly. ``waiting``: planned, never started."""
+"""``finished``: done.json. ``running``: a live owner. ``stopped``: left after a request to save, or was
+ended because it hung, and will go on when started again. ``failed``: the last attempt ended badly. ``waiting``:
+planned, never started."""
 
 
 class RunDirError(Exception):
@@ -237,6 +238,16 @@ def stop_file(folder: Path, attempt: str) -> Path:
     return folder / f"stop.{attempt}"
 
 
+def beat_file(folder: Path, attempt: str) -> Path:
+    """Touched by the worker as a sign of life."""
+    return folder / f"beat.{attempt}"
+
+
+def stacks_file(folder: Path, attempt: str, rank: int) -> Path:
+    """Where a rank was when it was asked, see ``launcher/stall.py``."""
+    return folder / f"stacks.{attempt}.{rank}.txt"
+
+
 def attempts(folder: Path) -> list[dict[str, Any]]:
     """All starts and ends of all nodes, oldest first."""
     found = [r for path in sorted(folder.glob("attempts.*.jsonl")) for r in read_journal(path)[0]]
@@ -272,7 +283,7 @@ def state(folder: Path) -> State:
     if not starts:
         return "waiting"
     end = ends.get(starts[-1].get("attempt"))
-    return "stopped" if end is not None and end.get("cause") == "stopped" else "failed"
+    return "stopped" if end is not None and end.get("cause") in ("stopped", "stalled") else "failed"
 
 
 # -- the fence: one writer at a time -----------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import contract.settings
 from contract.settings.env import Env
@@ -20,7 +21,8 @@ class Array:
     name: str  # tells it from all other jobs
     env: Env
     after: str | None  # the array whose elements these follow: its name here, or its id in the queue
-    runs: dict[int, list[Run]] = field(default_factory=dict)  # by the element's number; done one after another
+    gate: tuple[str, ...] = ()  # arrays, named likewise, that must end well before any of these starts
+    runs: dict[int, list[Run]] = field(default_factory=dict)  # by the element's number; ``pack`` of them at a time
 
     @property
     def first(self) -> Run:
@@ -30,20 +32,26 @@ class Array:
     def count(self) -> int:
         return sum(map(len, self.runs.values()))
 
-    def elements(self) -> dict[str, list[dict[str, str]]]:
-        """What the job is told: its element's number -> the runs that it does."""
-        return {
+    @property
+    def pack(self) -> int:
+        """How many runs an element does side by side."""
+        return min(self.env.pack, max(map(len, self.runs.values())))
+
+    def told(self) -> dict[str, Any]:
+        """What its jobs, and whoever asks for them later, find in the file of this array."""
+        runs = {
             str(number): [{"identity": r.identity, "dir": f"{r.settings.worker}/{r.identity}"} for r in runs]
             for number, runs in self.runs.items()
         }
+        return {"name": self.name, "stage": self.first.stage, "pack": self.pack, "runs": runs}
 
 
 def of(submission: Submission, *, longest: int, room: int | None = None, start: int = 0) -> list[Array]:
     """Parents before children. Elements are numbered from ``start``; a child has its parent's number, since schedulers
     link equal numbers. No array has more than ``longest`` elements.
 
-    Where the site takes no more than ``room`` elements in all, an element does several runs, one after another. Raises
-    NotQueued where even that does not fit.
+    An element does ``env.pack`` runs, side by side. Where the site takes no more than ``room`` elements in all, it does
+    several times as many, one after another. Raises NotQueued where even that does not fit.
     """
     width = longest
     while True:
@@ -71,15 +79,19 @@ def _fold(submission: Submission, longest: int, width: int, start: int) -> list[
     for run in submission.runs:
         parent = next((places[p] for p in run.parents if p in places), None)
         after = parent and parent[0]
+        gate: tuple[str, ...] = ()
+        if parent is None and run.identity not in submission.canary:
+            gate = tuple(dict.fromkeys(places[i][0] for i in submission.canary if i in places))
         key = (run.stage, json.dumps(contract.settings.plain(run.settings.env)), after)
         if parent is None:
             position = taken[key] = taken.get(key, -1) + 1
-            again, number = (0, position % width) if width < longest else divmod(position, longest)
+            slot = position // run.settings.env.pack
+            again, number = (0, slot % width) if width < longest else divmod(slot, longest)
             number += start
         else:
             number = parent[1]
             again = next(a for a, array in _numbered(made, key) if _fits(array, number, run))
-        array = made.setdefault((*key, again), Array(f"{name}.{len(made)}", run.settings.env, after))
+        array = made.setdefault((*key, again), Array(f"{name}.{len(made)}", run.settings.env, after, gate))
         array.runs.setdefault(number, []).append(run)
         places[run.identity] = (array.name, number)
     return list(made.values())
@@ -117,3 +129,11 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def by_array(elements: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """(array, number) pairs -> (array, 0-2,5): one call for many."""
+    found: dict[str, list[int]] = {}
+    for array, number in elements:
+        found.setdefault(array, []).append(int(number))
+    return [(array, ranges(sorted(numbers))) for array, numbers in found.items()]

@@ -29,8 +29,8 @@ Groups (data=, env=, recipe=, worker=) choose a file below configs/.
 
 SELECTION = """\
 SELECTION: names of studies, sweeps or workers, beginnings of identities; narrowed down by index ranges (0,4-7), by
-:state (finished running queued waiting blocked stopped failed cancelled) and by key=value (why='host OOM': of those
-that failed so). output_dir=DIR: where.
+:state (finished running queued waiting blocked held stopped failed cancelled) and by key=value (why='host OOM': of
+those that failed so). output_dir=DIR: where.
 """
 
 EXITS = """\
@@ -51,6 +51,7 @@ VERBS = {
     "prune": "what may go: checkpoints of finished runs, code without runs, directories without a start",
     "ingest": "copy what the run directories hold into the MLflow store; other flags go to analysis.ingest",
     "ui": "MLflow's page on this machine, after an ingest",
+    "drill": "preempt and kill a run at smoke scale here: does it end with the same bytes?",
     "doctor": "check the installation, the data paths, the disk, the store; says how to mend it",
 }
 
@@ -68,7 +69,7 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
     )
     flag = made.add_argument
     flag("words", nargs="*", help=argparse.SUPPRESS)
-    if verb in (None, "plan", "fill"):
+    if verb in (None, "plan", "fill", "drill"):
         flag("--config-name", "-cn", default="config", metavar="NAME", help="start from configs/NAME.yaml")
         flag("-m", "--multirun", action="store_true", help="accepted: commas and range() sweep with or without it")
     if verb in (None, "fill", "retry"):
@@ -100,6 +101,17 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
         flag("--seed", type=int, metavar="N", help="of a checkpoint; the study's first")
         flag("--stage", metavar="STAGE", help="of a checkpoint; the first that is built upon none")
         flag("--percent", action="store_true", help="the figures are per cent, the metrics fractions")
+    if verb == "status":
+        flag(
+            "-w",
+            "--watch",
+            type=float,
+            nargs="?",
+            const=10.0,
+            metavar="SECONDS",
+            help="again and again, until all is over",
+        )
+        flag("--fresh", action="store_true", help="ask the queue now, not at most every 30 seconds (SIGHTLINE_QUEUE_S)")
     if verb == "logs":
         flag("-f", "--follow", action="store_true", help="go on until all of them have ended")
         flag("--tail", type=int, metavar="N", help="the last N lines of each only")
@@ -109,6 +121,12 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
         flag("--set", action="append", metavar="KEY=VALUE", help=what)
         flag("--halve-batch", action="store_true", help="half the batch, accumulated twice as often: the same run")
         flag("--force", action="store_true", help="also those that ended by a bug in code that is still the same")
+    if verb == "drill":
+        flag("--steps", type=_at_least_4, metavar="N", help="train so many (20, or as many as take long enough)")
+        difference = "the largest relative difference of a metric that is no loss (0: byte-identical)"
+        flag("--tolerance", type=float, default=0.0, metavar="X", help=difference)
+        flag("--keep", action="store_true", help="the folders of the runs, which are removed where all is well")
+        flag("--json", action="store_true", help="one JSON object")
     if verb == "ui":
         flag("--port", type=int, default=5000)
         flag("--store", metavar="URI", help="another store than OUTPUT_DIR/mlflow.db")
@@ -122,11 +140,17 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def _at_least_4(said: str) -> int:
+    if not said.isdigit() or int(said) < 4:
+        raise argparse.ArgumentTypeError(f"{said}: must be at least 4, to be interrupted twice")
+    return int(said)
+
+
 def _usage(verb: str | None) -> str:
     match verb:
         case None:
             return "KEY=VALUE... [-n]   or   VERB ... [--help]"
-        case "plan" | "fill":
+        case "plan" | "fill" | "drill":
             return "STUDY [KEY=VALUE...] | KEY=VALUE... [options]"
         case "import":
             return "STUDY [KEY=VALUE...] --csv FILE | --mlflow URI ... | --checkpoint FILE ..."
@@ -169,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.rest = words[flags:]  # analysis reads these
     else:
         args = reader.parse_intermixed_args(words)
-    sys.exit(_run(verb or "launch", args))
+    args.verb = verb or "launch"
+    sys.exit(_run(args.verb, args))
 
 
 def _run(verb: str, args: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ def fill(args: argparse.Namespace, plan: Callable[[], Plan], start: Callable[[Pl
     budget = prices.hours(args.budget) if args.budget else None
     _check(args, found := plan())
     while True:
-        found = queues.told(found, queues.asked(found.output_dir, clean=False, patient=True))
+        found = queues.told(found, queues.glance(found.output_dir).runs)
         todo, held = _allowed(args, found, budget)
         status = start(dataclasses.replace(found, only=frozenset(run.identity for run in todo)), args)
         if status or args.dry_run:

@@ -15,7 +15,15 @@ from launcher import CONFIGS, rounds, study_file, sweep
 from launcher.identity import ENCODERS, Input, find_encoder, takes_encoder
 from launcher.plan import Plan, Run, absolute, build, located
 
-SHARED = ("seed", "data", "env", "data_path", "output_dir", "resume")  # what reaches the later stages of a pipeline
+SHARED = (
+    "seed",
+    "data",
+    "env",
+    "data_path",
+    "output_dir",
+    "resume",
+    "smoke",
+)  # what reaches the later stages of a pipeline
 
 
 # -- a launch ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The file that tells a job which runs are its own."""
+"""What a submission writes down beside the run directories, and the file that tells a job which runs are its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from contract import rundir
+
+SUBMISSIONS = "submissions"  # below the output folder, one folder a launch
+SUBMITTED = "submitted.json"  # in such a folder: array's name -> its number in the queue
 
 
 def elements(manifest: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
@@ -21,3 +24,8 @@ def folders(path: Path, number: str) -> list[Path]:
     except KeyError:
         raise rundir.RunDirError(f"{path}: has no run for element {number}") from None
     return [path.resolve().parents[2] / run["dir"] for run in mine]
+
+
+def pack(path: Path) -> int:
+    """How many runs of an element are done side by side."""
+    return int(rundir.read_json(path).get("pack", 1))

@@ -11,19 +11,19 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from contract import rundir, study
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
 from contract.settings.data import EMBEDDED
 from contract.settings.env import Env
-from launcher import closure
+from launcher import breaker, closure
 from launcher.identity import Input, digest, find_encoder, fingerprint
 
-State = Literal["reuse", "stale", "running", "queued", "new", "stopped", "failed", "cancelled"]
-STATES: tuple[State, ...] = ("reuse", "stale", "running", "queued", "new", "stopped", "failed", "cancelled")
-OPEN: frozenset[State] = frozenset({"new", "stopped", "failed"})  # what a launch starts
+State = Literal["reuse", "stale", "running", "queued", "new", "held", "stopped", "failed", "cancelled"]
+STATES: tuple[State, ...] = get_args(State)
+OPEN: frozenset[State] = frozenset({"new", "held", "stopped", "failed"})  # what a launch starts
 FROM_FILES: dict[rundir.State, State] = {
     "finished": "reuse",
     "running": "running",
@@ -32,7 +32,7 @@ FROM_FILES: dict[rundir.State, State] = {
     "stopped": "stopped",
     "waiting": "new",
 }
-QueueState = Literal["queued", "running", "blocked", "leaving"]
+QueueState = Literal["queued", "running", "blocked", "held", "leaving"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def with_queue(state: str, queued: Queued | None) -> str:
         return state
     if queued.state == "leaving":
         return "failed" if state == "failed" else "queued"
-    return queued.state
+    return "queued" if queued.state == "held" else queued.state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +205,8 @@ def look(folder: Path, code: closure.Code) -> tuple[State, list[str]]:
     if not (folder / rundir.RUN).exists():
         return "new", []
     state = rundir.state(folder)
+    if state in ("waiting", "stopped") and breaker.holds(folder, rundir.read_run(folder)):
+        return "held", []
     if state == "finished":
         run = rundir.read_run(folder)
         if run.get("imported"):

@@ -12,6 +12,7 @@ from contract import cost, rundir
 from contract.cost import Cost
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
+from launcher import canary
 from launcher.plan import Plan, Run
 from launcher.supervisor import read_settings
 
@@ -27,6 +28,7 @@ class Prices:
         self._finished = [r for r in plan.runs if r.state in ("reuse", "stale")]
         self._known: dict[tuple[object, ...], Cost | None] = {}
         self.looked_at = 0
+        self.canaries: set[str] = set()  # the stages whose price is a canary's
 
     def of(self, run: Run) -> Cost | None:
         """None where no run like it has finished yet."""
@@ -34,7 +36,20 @@ class Prices:
         stage = (run.settings.worker, run.stage, getattr(run.settings, "epochs", None))
         own = self._mean(same, lambda: ((r.folder, 1.0) for r in self._finished if r.group == run.group))
         found = own or self._mean(("plan", *stage), lambda: self._planned(run))
-        return found or self._mean(("everywhere", *stage), lambda: self._everywhere(run))
+        return found or self._mean(("everywhere", *stage), lambda: self._everywhere(run)) or self._canary(run)
+
+    def _canary(self, run: Run) -> Cost | None:
+        """As its canary's steps went: a lower bound where it evaluates, of which a canary does a few batches only."""
+        key = ("canary", run.settings.worker, run.stage, getattr(run.settings, "epochs", None), run.processes)
+        if key not in self._known:
+            self._known[key] = None
+            if found := canary.of_stage(self.plan.output_dir, run):
+                what, of = found
+                self.canaries.add(run.stage)
+                hours = what.seconds(_epochs(run.settings, of) or 1.0) / 3600
+                gpus = run.settings.env.nodes * (run.settings.env.ngpu or 0) / run.settings.env.pack
+                self._known[key] = Cost(hours * gpus, 0.0 if gpus else hours * run.processes)
+        return self._known[key]
 
     def _planned(self, run: Run) -> Iterator[tuple[Path, float]]:
         for each in self._finished:
@@ -63,7 +78,12 @@ class Prices:
 
 
 def _longer(one: Settings, other: Settings) -> float:
-    """How many times as long ``one`` trains; 0 where nothing can be said: no training is no measure of training."""
+    """How many times as long ``one`` trains; 0 where nothing can be said: no training, or only its first steps, is no
+    measure of training."""
+    return _epochs(one, other) if one.smoke == other.smoke else 0.0
+
+
+def _epochs(one: Settings, other: Settings) -> float:
     epochs, others = (getattr(settings, "epochs", None) for settings in (one, other))
     if epochs is None or others is None or epochs == others:
         return 1.0

@@ -26,8 +26,8 @@ from typing import Any
 
 from contract import rundir
 from launcher import backends
-from launcher.manifest import elements
-from launcher.rundirs import REPLACED, SUBMISSIONS, Found
+from launcher.manifest import SUBMISSIONS, elements
+from launcher.rundirs import REPLACED, Found
 
 DAY = 86400.0
 GONE = ".pruned-"

@@ -5,33 +5,108 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import os
 import shutil
 import sys
+import time
 from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from contract import rundir
-from launcher import NotQueued, Unavailable, backends, show
-from launcher.manifest import elements
+from launcher import NotQueued, Unavailable, backends, breaker, show
+from launcher.manifest import SUBMISSIONS, elements
 from launcher.plan import OPEN, Plan, Queued, State, look, with_queue
-from launcher.rundirs import SUBMISSIONS, Submission
+from launcher.rundirs import Submission
+
+GLANCE = ".glance.json"
+KEPT_S = ("SIGHTLINE_QUEUE_S", "30")
 
 
-def asked(output_dir: Path, clean: bool = True, patient: bool = False) -> dict[str, Queued]:
-    """What the schedulers hold. With ``clean``, jobs that wait for what will never be are taken out, to be queued anew;
-    with ``patient``, a scheduler that does not answer is only mentioned."""
+def asked(output_dir: Path, clean: bool = True) -> dict[str, Queued]:
+    """What the schedulers hold, now. Left out are jobs that wait for what will never be, or that the breaker holds;
+    with ``clean`` they are taken out of the queue, to be queued anew. Raises Unavailable."""
+    queue = backends.queue(output_dir)
+    in_vain = _in_vain(output_dir, queue)
+    if clean and in_vain:
+        changed(output_dir)
+        take_out(in_vain)
+    return {identity: job for identity, job in queue.items() if identity not in in_vain}
+
+
+# -- looking, from any number of terminals ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What the schedulers held at ``time``; None where nothing was ever given to one."""
+
+    runs: Mapping[str, Queued] = field(default_factory=dict)
+    time: float | None = None
+
+
+def glance(output_dir: Path, fresh: bool = False) -> Glance:
+    """What the schedulers hold, as of the last ``SIGHTLINE_QUEUE_S`` (30) seconds: all terminals share one call.
+
+    A scheduler that does not answer is mentioned, and what it said last is used.
+    """
+    if not any(output_dir.glob(f"{SUBMISSIONS}/*/[0-9]*.json")):
+        return Glance()
+    place = output_dir / SUBMISSIONS
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # of a folder that is only to be read
+            lock = stack.enter_context((place / ".glance.lock").open("w"))
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        last = _last_glance(place)
+        if last.time is not None and not fresh and 0 <= time.time() - last.time < float(os.environ.get(*KEPT_S)):
+            return last
+        try:
+            found = Glance(asked(output_dir, clean=False), time.time())
+        except Unavailable as error:
+            print(f"error: {error}\nthis is what the files say, and what the queue said last", file=sys.stderr)
+            return last
+        runs = {identity: dataclasses.asdict(job) for identity, job in found.runs.items()}
+        with contextlib.suppress(OSError):
+            rundir.write_json(place / GLANCE, {"time": found.time, "runs": runs}, sync=False)
+        return found
+
+
+def _last_glance(place: Path) -> Glance:
     try:
-        queue = backends.queue(output_dir)
-        blocked = {identity: job for identity, job in queue.items() if job.state == "blocked"}
-        if clean and blocked:
-            take_out(blocked)
-    except Unavailable as error:
-        if not patient:
-            raise
-        print(f"error: {error}\nwhat is queued is not known; this is what the files say", file=sys.stderr)
-        return {}
-    return {identity: job for identity, job in queue.items() if identity not in blocked}
+        said = rundir.read_json(place / GLANCE)
+        return Glance({identity: Queued(**job) for identity, job in said["runs"].items()}, float(said["time"]))
+    except (rundir.RunDirError, KeyError, TypeError, ValueError):
+        return Glance()
+
+
+def changed(output_dir: Path) -> None:
+    """The queue is not what it was when somebody last looked."""
+    (output_dir / SUBMISSIONS / GLANCE).unlink(missing_ok=True)
+
+
+# -- acting -----------------------------------------------------------------------------------------------------------
+
+
+def _in_vain(output_dir: Path, queue: Mapping[str, Queued]) -> dict[str, Queued]:
+    """Jobs that wait for what will never be, or that the breaker holds, and what in the queue is built upon these."""
+    found = {identity: job for identity, job in queue.items() if job.state == "blocked"}
+    held = [identity for identity, job in queue.items() if job.state == "held"]
+    found |= {i: queue[i] for i in held if any(breaker.holds(f, info) for f, info in _described(output_dir, i))}
+    left = {i: job for i, job in queue.items() if job.state == "queued" and i not in found} if found else {}
+    needs = {i: {p for _, info in _described(output_dir, i) for p in _needs(info)} for i in left}
+    while more := {i for i in left if i not in found and not needs[i].isdisjoint(found)}:
+        found |= {i: queue[i] for i in more}
+    return found
+
+
+def _described(output_dir: Path, identity: str) -> list[tuple[Path, dict[str, Any]]]:
+    return [(path.parent, rundir.read_run(path.parent)) for path in output_dir.glob(f"*/{identity}/{rundir.RUN}")]
+
+
+def _needs(info: Mapping[str, Any]) -> Iterator[str]:
+    yield from info.get("parents", ())
+    yield from info.get("canary", ())
 
 
 def take_out(jobs: Mapping[str, Queued], others: Iterable[Queued] = ()) -> None:
@@ -82,6 +157,7 @@ def forget(submission: Submission, queued: Container[str]) -> None:
 
 
 def send(submission: Submission, backend: backends.Backend, watch: show.Watch) -> int:
+    changed(submission.output_dir)
     try:
         return backend.submit(submission, watch)
     except NotQueued:
@@ -89,3 +165,5 @@ def send(submission: Submission, backend: backends.Backend, watch: show.Watch) -
         queued = {run["identity"] for intent in kept for runs in elements(intent).values() for run in runs}
         forget(submission, queued)
         raise
+    finally:
+        changed(submission.output_dir)

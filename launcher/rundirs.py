@@ -8,9 +8,10 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import yaml
@@ -19,19 +20,22 @@ import contract.settings
 from contract import rundir
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
-from launcher import NotFound, why
+from launcher import NotFound, breaker, why
 from launcher.identity import Input, find_encoder, takes_encoder
+from launcher.manifest import SUBMISSIONS
 from launcher.plan import Plan, Queued, Run, build, with_queue
 from launcher.supervisor import read_settings
 
-STUDIES, SUBMISSIONS, REPLACED = "studies", "submissions", "replaced"
+STUDIES, REPLACED = "studies", "replaced"
 PLANNED = time.time()  # what is newer was made by others, after this process looked
 
 
 # -- making -----------------------------------------------------------------------------------------------------------
 
 
-def prepare(run: Run, capsule: Path, commit: str | None, study: str | None) -> None:
+def prepare(
+    run: Run, capsule: Path, commit: str | None, study: str | None, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """The directory of one run, ready for its supervisor. Raises RunDirError for one of another configuration."""
     run.folder.mkdir(parents=True, exist_ok=True)
     if not rundir.write_once(run.folder / rundir.CONFIG, to_yaml(run.settings)):
@@ -55,6 +59,7 @@ def prepare(run: Run, capsule: Path, commit: str | None, study: str | None) -> N
         "commit": commit,
         "capsule": capsule.name,
         "submitted": time.time(),
+        **more,
     }
     rundir.write_json(run.folder / rundir.RUN, described | ({"study": study} if study else {}), sync=False)
 
@@ -120,16 +125,19 @@ class Submission:
     slots: int = 1  # how many side by side
     fresh: frozenset[str] = frozenset()  # the identities that had no directory before
     queue: Mapping[str, Queued] = field(default_factory=dict)  # what is queued already
+    canary: tuple[str, ...] = ()  # the identities that must end well before all others start
 
 
 def write(submission: Submission, plan: Plan, commit: str | None) -> None:
     """Everything on the disk that the runs need to be started, and a manifest of the whole plan."""
-    study, capsule = plan.name if plan.study else None, submission.capsule
+    study = plan.name if plan.study else None
+    mine = {"submission": submission.folder.name}
     for run in submission.runs:
         if run.state in ("stale", "reuse"):
             set_aside(run)
         if not run.runs_here:
-            prepare(run, capsule, commit, study)
+            waits = submission.canary and run.identity not in submission.canary
+            prepare(run, submission.capsule, commit, study, mine | ({"canary": submission.canary} if waits else {}))
     rundir.sync_all(submission.output_dir)
     started = {r.identity for r in submission.runs}
     manifest = {
@@ -139,8 +147,9 @@ def write(submission: Submission, plan: Plan, commit: str | None) -> None:
         "time": time.time(),
         "host": socket.gethostname(),
         "command": sys.argv[1:],
-        "capsule": capsule.name,
+        "capsule": submission.capsule.name,
         "commit": commit,
+        "canary": list(submission.canary),
         "runs": [{"index": i, **r.line(), "started": r.identity in started} for i, r in enumerate(plan.runs)],
     }
     submission.folder.mkdir(parents=True)
@@ -177,7 +186,7 @@ class Found:
         return str(self.info["identity"])
 
 
-STATES = (*get_args(rundir.State), "queued", "blocked")
+STATES = (*get_args(rundir.State), "queued", "blocked", "held")
 
 
 def select(words: Iterable[str], output_dir: Path, queue: Mapping[str, Queued] | None = None) -> list[Found]:
@@ -206,22 +215,25 @@ def select(words: Iterable[str], output_dir: Path, queue: Mapping[str, Queued] |
             raise SettingsError(contract.settings.unknown("why", value, why.KINDS))
     wanted = _indices(ranges)
     found = []
+    held = breaker.held(output_dir)
     for i, folder in enumerate(_named(names, output_dir)):
         if ranges and i not in wanted:
             continue
         try:
             info = rundir.read_run(folder)
-            found.append(Found(folder, info, _state(folder, info, queue or {}), i))
+            found.append(Found(folder, info, _state(folder, info, queue or {}, held), i))
         except rundir.RunDirError as error:  # one damaged run hides no other
             print(f"error: {error}", file=sys.stderr)
     found = [f for f in found if not states or f.state in states]
     return [f for f in found if all(_matches(f, k, v, output_dir) for k, v in keys)]
 
 
-def _state(folder: Path, info: Mapping[str, Any], queue: Mapping[str, Queued]) -> str:
+def _state(folder: Path, info: Mapping[str, Any], queue: Mapping[str, Queued], held: Container[tuple[Any, Any]]) -> str:
     state = with_queue(rundir.state(folder), queue.get(str(info["identity"])))
+    if state in ("waiting", "queued", "stopped") and (info.get("submission"), info.get("stage")) in held:
+        return "held"
     if state == "waiting":  # for ever, where what it needs has come to an end
-        for parent in info.get("parents", ()):
+        for parent in (*info.get("parents", ()), *info.get("canary", ())):
             for at in folder.parent.parent.glob(f"*/{parent}"):
                 if with_queue(rundir.state(at), queue.get(str(parent))) in ("failed", "cancelled"):
                     return "blocked"

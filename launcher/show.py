@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -18,14 +20,15 @@ from rich.text import Text
 from contract import cost, rundir
 from contract.cost import Cost
 from launcher import Refused, mending, prices, prune, remarks, why
+from launcher import canary as canaries
+from launcher.canary import Measured
 from launcher.plan import STATES, Plan, Run
-from launcher.rundirs import Found
 
 COLOURS = {
     "finished": "green", "reuse": "green", "running": "blue", "queued": "yellow", "waiting": "yellow", "new": "yellow",
     "stopped": "yellow", "stale": "magenta", "failed": "red", "cancelled": "bright_black", "blocked": "bright_black",
+    "held": "magenta",
 }  # fmt: skip
-RUN_STATES = ("finished", "running", "queued", "waiting", "blocked", "stopped", "failed", "cancelled")
 MOST_ROWS = 24
 AT_MOST = 12  # lines of a list; the rest is counted
 EVERY = 0.1  # of a run, between two lines where there is no terminal
@@ -41,8 +44,13 @@ def plain(text: Any) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
-def counts(head: Sequence[str], rows: Mapping[tuple[str, ...], Counter[str]], states: Iterable[str]) -> Table:
-    """One row per stage, one column per state that occurs."""
+def counts(
+    head: Sequence[str],
+    rows: Mapping[tuple[str, ...], Counter[str]],
+    states: Iterable[str],
+    more: Mapping[tuple[str, ...], str] = MappingProxyType({}),
+) -> Table:
+    """One row per stage, one column per state that occurs, and ``more`` at the end of a row."""
     total: Counter[str] = sum(rows.values(), Counter())
     shown = [s for s in states if total[s]]
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -50,9 +58,14 @@ def counts(head: Sequence[str], rows: Mapping[tuple[str, ...], Counter[str]], st
         table.add_column(name)
     for name in [*shown, "total"]:
         table.add_column(name, justify="right", style=COLOURS.get(name))
+    if more:
+        table.add_column("latest", overflow="ellipsis", no_wrap=True)
     lines = [*rows.items()] + ([(("all", *[""] * (len(head) - 1)), total)] if len(rows) > 1 else [])
     for names, found in lines:
-        table.add_row(*map(plain, names), *(str(found[s]) if found[s] else "-" for s in shown), str(found.total()))
+        said = [plain(more.get(names, ""))] if more else []
+        table.add_row(
+            *map(plain, names), *(str(found[s]) if found[s] else "-" for s in shown), str(found.total()), *said
+        )
     return table
 
 
@@ -67,6 +80,12 @@ def plan(out: Console, plan: Plan) -> None:
     if changed:
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         out.print(f"stale: made before these changed: {', '.join(changed[:4])}{more}; fill --stale makes them again")
+
+
+def canary(out: Console, first: Sequence[Run], rest: int) -> None:
+    stages = ", ".join(run.stage.removesuffix(" canary") for run in first)
+    which = f"seed={first[0].settings.seed} {first[0].identity}"
+    out.print(f"canary: {which} goes first, {first[0].settings.smoke} steps of {stages}; {runs(rest)} wait for it")
 
 
 def study(out: Console, plan: Plan, todo: Sequence[Run]) -> None:
@@ -101,11 +120,36 @@ def price(plan: Plan, todo: Sequence[Run]) -> str:
     said = runs(len(todo))
     if stages:
         parts = ", ".join(f"{stage} {each}" for stage, each in stages.items())
-        said += f", about {cost.total(stages.values())} ({parts}), as {runs(known.looked_at)} took"
+        how = [f"as {runs(known.looked_at)} took"] if known.looked_at else []
+        how += [f"{', '.join(sorted(known.canaries))} by its canary"] if known.canaries else []
+        said += f", about {cost.total(stages.values())} ({parts}), {'; '.join(how)}"
     if unknown:
         open_ones = ", ".join(f"{n} of {stage}" for stage, n in unknown.items())
         said += f"; of unknown price, as none has finished: {open_ones}"
     return said
+
+
+def resources(plan: Plan, todo: Sequence[Run]) -> str | None:
+    """What canaries say of memory, of the time of a step, and of the disk that is needed and there is."""
+    of: dict[str, tuple[Measured, int]] = {}
+    for run in todo:
+        if run.stage in of:
+            of[run.stage] = of[run.stage][0], of[run.stage][1] + 1
+        elif found := canaries.of_stage(plan.output_dir, run):
+            of[run.stage] = found[0], 1
+    if not of:
+        return None
+    parts = []
+    for stage, (what, _) in of.items():
+        said = [f"{size(what.peak_mb * 2**20)} of memory a process"]
+        said += [f"{size(what.gpu_mb * 2**20)} on the GPU"] if what.gpu_mb else []
+        said += [f"{what.step_s:.2g} s a step, {what.steps:,} steps"] if what.step_s else []
+        parts.append(f"{stage} {', '.join(said)}")
+    needed = sum(what.disk_mb * n for what, n in of.values())
+    at = next(p for p in (plan.output_dir, *plan.output_dir.parents) if p.exists())
+    free = shutil.disk_usage(at).free / 2**20
+    short = "; NOT ENOUGH, prune or choose another output_dir" if needed > free else ""
+    return f"by canary: {'; '.join(parts)}; disk {size(needed * 2**20)}, free {size(free * 2**20)}{short}"
 
 
 def runs(n: int) -> str:
@@ -118,25 +162,6 @@ def short(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def status(out: Console, found: Sequence[Found], output_dir: Path) -> None:
-    rows: dict[tuple[str, ...], Counter[str]] = {}
-    for each in found:
-        rows.setdefault((str(each.info.get("stage", "")), str(each.info["worker"])), Counter())[each.state] += 1
-    out.print(f"{plain(short(output_dir))}: {runs(len(found))}")
-    out.print(counts(["stage", "worker"], rows, RUN_STATES))
-    for state in ("running", "failed"):
-        some = [f for f in found if f.state == state]
-        for each in some[:AT_MOST]:
-            name = f"{each.info.get('name')} {each.identity[:8]} seed={each.info['seed']}"
-            how = progress(each.folder) if state == "running" else last_words(each.folder)
-            line = Text(f"{state:8}", style=COLOURS[state]).append(plain(f" {name}  {how}"), style="default")
-            out.print(line, overflow="ellipsis", no_wrap=True, soft_wrap=False)
-        if len(some) > AT_MOST:
-            out.print(f"{state:8} and {len(some) - AT_MOST} more: python launcher.py status :{state} --json")
-    if any(f.state in ("failed", "stopped", "cancelled", "blocked") for f in found):
-        out.print("next: python launcher.py logs RUN; python launcher.py retry :failed, :stopped or :cancelled")
 
 
 def progress(folder: Path) -> str:
@@ -165,7 +190,7 @@ def span(seconds: float) -> str:
 def last_words(folder: Path) -> str:
     """Why the last attempt failed."""
     cause = why.of_run(folder, folder.parent.parent)
-    return cause.said if cause else "it left no word"
+    return f"{cause.kind}: {cause.said}" if cause else "it left no word"
 
 
 def causes(out: Console, found: Sequence[mending.Group], words: Sequence[str]) -> None:

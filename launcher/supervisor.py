@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
@@ -29,14 +29,15 @@ import contract.settings
 from contract import rundir
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
-from launcher import job_logs, why
+from contract.settings.env import Env
+from launcher import breaker, job_logs, stall, why
 from launcher.processes import kill_tree
 
 if TYPE_CHECKING:
     from launcher.backends.lsf_node import Job as LsfJob
     from launcher.backends.slurm_node import Job as SlurmJob
 
-    Job = SlurmJob | LsfJob
+    Job: TypeAlias = SlurmJob | LsfJob
 
 FINISHED, FAILED, NOT_ALLOWED, AGAIN = 0, 1, 4, 75
 """Exit codes. AGAIN: stopped, or busy elsewhere: a scheduler may start it again. NOT_ALLOWED: somebody said no."""
@@ -49,7 +50,7 @@ TIMES_TO_SAVE = 3.0  # how many times what the last checkpoint took is kept for 
 class Supervisor:
     def __init__(self, folder: Path, parent: int | None = None, job: Job | None = None):
         self.folder, self.parent, self.job = folder, parent, job
-        self.node = job.node if job else 0
+        self.node, self.pack = (job.node, job.pack) if job else (0, 1)
         # A scheduler signals all processes of a job, also of a launch that a person started within one.
         self.in_queue = job is not None or bool(IN_JOB & os.environ.keys())
         self.ends = float("inf")  # when the time limit comes
@@ -88,6 +89,7 @@ class Supervisor:
             for old in self.folder.glob(f"{rundir.STOP}.*"):
                 if old != rundir.stop_file(self.folder, owner.attempt):
                     old.unlink(missing_ok=True)
+            stall.clear(self.folder, but=owner.attempt)
             if self.job and (tries := self._tries_in_vain()) > settings.env.max_requeue:
                 return self._give_up(owner, tries)
             return self._attempt(owner, settings, job)
@@ -149,9 +151,11 @@ class Supervisor:
         for name in (rundir.CANCELLED, rundir.STOP):
             if (self.folder / name).exists():
                 return f"not started: {name} is there; python launcher.py retry {run['identity']}"
-        for parent in run.get("parents", ()):
-            if not any(self.folder.parent.parent.glob(f"*/{parent}/{rundir.DONE}")):
-                return f"not started: it needs {parent}, which is not finished"
+        if breaker.holds(self.folder, run):
+            return "not started: held, as others of its launch ended alike; python launcher.py status says more"
+        for other in (*run.get("parents", ()), *run.get("canary", ())):
+            if not any(self.folder.parent.parent.glob(f"*/{other}/{rundir.DONE}")):
+                return f"not started: it needs {other}, which is not finished"
         return None
 
     def _attempt(self, owner: rundir.Owner, settings: Settings, job: str | None) -> int:
@@ -166,7 +170,7 @@ class Supervisor:
             child = self._start(settings, owner.attempt, log)
             journal.append({"event": "start", **record, **begin})
             try:
-                cause = self._watch(child, owner, settings.env.grace_s)
+                cause = self._watch(child, owner, settings.env, log)
             finally:
                 if child.poll() is None:
                     kill_tree(child.pid)  # nothing of this attempt outlives it
@@ -179,23 +183,28 @@ class Supervisor:
                 cause = "finished" if (self.folder / rundir.DONE).exists() else "stopped"
         seconds = time.monotonic() - started
         ends = {"cause": cause, "exit": max(status, 0), "signal": max(-status, 0) or None, **late}
+        ends |= self._why({**record, **ends}, settings, at)
         journal.append(
             {
                 "event": "end",
                 **record,
                 "time": time.time(),
                 **ends,
-                **self._why({**record, **ends}, settings, at),
                 "seconds": round(seconds, 3),
                 "peak_rss_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
-                "gpu_seconds": round(seconds * (settings.env.ngpu or 0), 3),
+                "gpu_seconds": round(seconds * (settings.env.ngpu or 0) / self.pack, 3),
             }
         )
         if self.node == 0:
             rundir.stop_file(self.folder, owner.attempt).unlink(missing_ok=True)
-        if cause == "stopped" and self._told_by_a_person():
+            if to_hold := breaker.failed(self.folder, ends, settings.env.breaker):
+                print(f"{self.folder.name}: ended like others of its stage; the rest of it is held", file=sys.stderr)
+                if self.job:
+                    self.job.hold(to_hold)
+            stall.clear(self.folder)
+        if cause in ("stopped", "stalled") and self._told_by_a_person():
             return NOT_ALLOWED
-        return {"finished": FINISHED, "stopped": AGAIN, "busy": AGAIN}.get(cause, FAILED)
+        return {"finished": FINISHED, "stopped": AGAIN, "stalled": AGAIN, "busy": AGAIN}.get(cause, FAILED)
 
     def _why(self, end: Mapping[str, Any], settings: Settings, begin: int) -> dict[str, Any]:
         """What the end record says of a failure. The log may hold anything; nothing in it may cost us the record."""
@@ -229,8 +238,9 @@ class Supervisor:
             preexec_fn=before_exec,  # noqa: PLW1509  # this process has one thread
         )
 
-    def _watch(self, child: subprocess.Popen[bytes], owner: rundir.Owner, grace_s: float) -> str | None:
+    def _watch(self, child: subprocess.Popen[bytes], owner: rundir.Owner, env: Env, log: Any) -> str | None:
         """Until the child has left; the cause of the end if it was ours. Polls: a handler may run at any point."""
+        watchdog = stall.Watchdog(self.folder, owner.attempt, env)
         beat, deadline = 0.0, float("inf")
         while child.poll() is None:
             now = time.monotonic()
@@ -238,17 +248,27 @@ class Supervisor:
                 beat = now
                 if self.node == 0 and not owner.beat():
                     return "busy"
+                if watchdog.stalled():
+                    if (self.folder / rundir.DONE).exists():
+                        return "finished"  # it hangs in taking its leave
+                    self._tell(watchdog.ask(child.pid, (self.folder / rundir.CAPSULE).resolve()), log)
+                    return "stalled"
                 self.margin = max(self.margin, TIMES_TO_SAVE * rundir.seconds_to_save(self.folder))
             if self.parent is not None and os.getppid() != self.parent:
                 self.parent, self.asked = None, self.asked + 1
             asked = self.asked or self._near_the_end() or self._told_by_a_person()
             if deadline == float("inf") and asked:
-                deadline = now + grace_s
+                deadline = now + env.grace_s
                 rundir.stop_file(self.folder, owner.attempt).touch()
             if now > deadline or self.asked > 1:
                 return "killed"
             time.sleep(POLL_S)
         return None
+
+    def _tell(self, said: str, log: Any) -> None:
+        if self.node == 0:
+            log.write(f"{said}\n".encode())
+            print(said.removeprefix("error: "), file=sys.stderr)
 
     def _told_by_a_person(self) -> bool:
         return (self.folder / rundir.STOP).exists() or (self.folder / rundir.CANCELLED).exists()
@@ -268,7 +288,7 @@ def environment(
     settings: Settings, capsule: Path, attempt: str, job: Job | None = None, in_queue: bool = False
 ) -> dict[str, str]:
     env = settings.env
-    side_by_side = (env.max_parallel or 1) if job is None else 1
+    side_by_side = (env.max_parallel or 1) if job is None else job.pack
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if job else 0
     cores = cores or len(os.sched_getaffinity(0))
     threads = env.threads or max(1, cores // (env.processes_per_node * side_by_side))
@@ -334,13 +354,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launcher.supervisor", description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="RUN_DIR", nargs="?")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="find the run of this job in it")
+    parser.add_argument("--only", metavar="IDENTITY", help="of the runs that the job does side by side")
     parser.add_argument("--parent", type=int, metavar="PID", help="stop when this parent process is gone")
     args = parser.parse_args()
     if (args.folder is None) == (args.manifest is None):
         parser.error("say a RUN_DIR, or --manifest FILE within a job")
     try:
         if args.manifest:
-            sys.exit(in_turn(_job(args.manifest)))
+            job = _job(args.manifest)
+            if job.pack == 1:
+                sys.exit(in_turn(job))
+            from launcher import packing
+
+            sys.exit(packing.one_of_several(job, args.only) if args.only else packing.Pack(args.manifest, job).run())
         sys.exit(Supervisor(args.folder.resolve(), args.parent).run())
     except (rundir.RunDirError, OSError) as error:
         print(error, file=sys.stderr)

@@ -17,7 +17,20 @@ import yaml
 
 from contract import rundir
 from contract.settings.checks import SettingsError
-from launcher import CONFIGS, NotFound, Refused, backends, capsule, filling, mending, mirror, queues, rundirs, show
+from launcher import (
+    CONFIGS,
+    NotFound,
+    Refused,
+    backends,
+    canary,
+    capsule,
+    filling,
+    mending,
+    mirror,
+    queues,
+    rundirs,
+    show,
+)
 from launcher.plan import Plan, Queued, Run, absolute, check_data
 from launcher.rundirs import Found, Submission
 
@@ -33,14 +46,19 @@ def launch(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     found = _plan(args)
-    found = queues.told(found, queues.asked(found.output_dir, clean=False, patient=True))
+    found = queues.told(found, queues.glance(found.output_dir).runs)
     if args.json:
         _json_lines(run.line() for run in found.runs)
         return 0
     out = show.console(args.no_color)
     show.plan(out, found)
+    todo = found.todo()
     if found.study:
-        show.study(out, found, found.todo())
+        show.study(out, found, todo)
+    elif todo:
+        out.print(f"to do: {show.price(found, todo)}")
+    if said := show.resources(found, todo):
+        out.print(said)
     words = shlex.join(args.words)
     verb = "fill" if found.todo() else "table" if found.study else "status"
     out.print(f"next: python launcher.py {verb} {words}")
@@ -151,7 +169,15 @@ def _start_in_turn(found: Plan, args: argparse.Namespace) -> int:
         if not args.quiet:
             out.print("nothing to do")
         return 0
-    submission, backend, code = _submission(found, todo, queue)
+    gate: tuple[str, ...] = ()
+    if args.verb != "retry" and canary.wanted(todo):
+        small = queues.told(dataclasses.replace(found, runs=tuple(canary.of(found, todo))), queue).runs
+        gate = tuple(run.identity for run in small if run.state != "reuse" or run in canary.to_run(small))
+        first = canary.to_run(small)
+        if gate and not args.quiet:
+            show.canary(out, first or small, len(todo))
+        found, todo = dataclasses.replace(found, runs=(*found.runs, *small)), [*first, *todo]
+    submission, backend, code = _submission(found, todo, queue, gate)
     if prepared:
         shutil.rmtree(prepared, ignore_errors=True)  # of a job that was killed over it
         submission = dataclasses.replace(submission, folder=prepared)
@@ -175,7 +201,7 @@ def _start_in_turn(found: Plan, args: argparse.Namespace) -> int:
 
 
 def _submission(
-    found: Plan, todo: Sequence[Run], queue: Mapping[str, Queued]
+    found: Plan, todo: Sequence[Run], queue: Mapping[str, Queued], gate: tuple[str, ...]
 ) -> tuple[Submission, backends.Backend, capsule.Capsule]:
     schedulers = {r.settings.env.scheduler for r in todo}
     if len(schedulers) > 1:
@@ -203,6 +229,7 @@ def _submission(
         slots=slots,
         fresh=frozenset(r.identity for r in todo if not r.folder.exists()),
         queue=queue,
+        canary=gate,
     )
     return submission, backend, code
 
@@ -211,29 +238,15 @@ def _submission(
 
 
 def status(args: argparse.Namespace) -> int:
+    from launcher import status
+
     words, output_dir = _place(args.words)
-    found = _select(words, output_dir, queues.asked(output_dir, patient=True))
-    if args.json:
-        _json_lines(_described(f) for f in found)
-    else:
-        show.status(show.console(args.no_color), found, output_dir)
-    states = {f.state for f in found}
-    if "failed" in states:
-        return 100
-    if states & {"running", "queued", "waiting", "blocked", "stopped"}:
-        return 101
-    return 103 if "cancelled" in states else 0
-
-
-def _described(found: Found) -> dict[str, object]:
-    record = rundir.last_record(found.folder / rundir.METRICS) or {}
-    info = {key: found.info.get(key) for key in ("identity", "group", "name", "worker", "stage", "seed")}
-    return {**info, "state": found.state, "step": record.get("step"), "of": record.get("of"), "dir": str(found.folder)}
+    return status.main(args, words, output_dir)
 
 
 def why(args: argparse.Namespace) -> int:
     words, output_dir = _place(args.words)
-    queue = queues.asked(output_dir, clean=False, patient=True)
+    queue = queues.glance(output_dir).runs
     found = _select(words, output_dir, queue)
     groups = mending.groups(found, rundirs.select([], output_dir, queue) if words else found, output_dir)
     if args.json:
@@ -253,9 +266,9 @@ def logs(args: argparse.Namespace) -> int:
     if not words:
         raise SettingsError("logs: say which runs; python launcher.py status --json lists them")
     return logs.follow(
-        _select(words, output_dir, queues.asked(output_dir, clean=False, patient=True)),
+        _select(words, output_dir, queues.glance(output_dir).runs),
         output_dir,
-        lambda: set(queues.asked(output_dir, clean=False, patient=True)),
+        lambda: set(queues.glance(output_dir).runs),
         on=args.follow,
         tail=args.tail,
         job=args.job,
@@ -335,6 +348,15 @@ def ui(args: argparse.Namespace) -> int:  # noqa: RET503  # ends in exec
     env = {**os.environ, "MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     words = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(args.port), "--workers", "1"]
     os.execve(sys.executable, words, env)  # becomes the server, which ends its own processes on Ctrl-C
+
+
+def drill(args: argparse.Namespace) -> int:
+    from launcher import drill
+
+    study = args.words and "=" not in args.words[0]
+    if not study and args.config_name == "config" and not any(word.startswith("worker=") for word in args.words):
+        args.words.insert(0, "worker=main_lmim")
+    return drill.drill(_plan(args), args)
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -24,9 +24,14 @@ from contract import rundir
 folder = Path(sys.argv[1])
 config = yaml.safe_load((folder / "config.yaml").read_text())
 assert rundir.read_json(folder / rundir.OWNER)["attempt"] == os.environ["SIGHTLINE_ATTEMPT"]
-steps, rank = config.get("epochs", 1), os.environ.get("RANK", "0")
-checkpoint = folder / "checkpoint.pt"
-step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+steps, rank = min(config.get("epochs", 1), config.get("smoke") or 10**9), os.environ.get("RANK", "0")
+checkpoint, every = folder / "checkpoint.pt", int(os.environ.get("FAKE_SAVE", "1"))
+step, total = checkpoint.read_text().split() if checkpoint.exists() else (0, 0)
+step, total = int(step), 0.0 if os.environ.get("FAKE_FORGETS") else float(total)  # the sum is the state of training
+metrics = folder / "metrics.jsonl"
+if rank == "0" and metrics.exists():  # what came after the checkpoint is done again
+    kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+    rundir.Journal(metrics).cut(sum(len(line) + 1 for line in kept))
 print("threads", os.environ["OMP_NUM_THREADS"], "rank", rank, flush=True)
 print("devices", os.environ.get("CUDA_VISIBLE_DEVICES"), "VERSION 1", flush=True)
 if os.environ.get("FAKE_FAIL") == str(config["seed"]) and not (folder / "mended").exists():
@@ -52,13 +57,15 @@ if fault == "kill" and not mended:
 while step < steps:
     time.sleep(float(os.environ.get("FAKE_STEP_S", "0")))
     if not os.environ.get("FAKE_STUCK"):
-        step += 1
+        step, total = step + 1, total + 1 / (step + 1)
         if rank == "0":
-            with (folder / "metrics.jsonl").open("a") as file:
-                line = {"step": step, "of": steps, "time": time.time(), "train/loss": 1 / step}
+            with metrics.open("a") as file:
+                line = {"step": step, "of": config.get("epochs", 1), "time": time.time()}
+                line |= {"train/loss": 1 / step, "train/sum": total}
                 file.write(json.dumps(line) + "\\n")
-            checkpoint.write_text(str(step))
     asked = (folder / f"stop.{os.environ['SIGHTLINE_ATTEMPT']}").exists()
+    if rank == "0" and step and (asked or step % every == 0):
+        rundir.write_atomic(checkpoint, f"{step} {total!r}", sync=False)
     if asked and not os.environ.get("FAKE_DEAF"):
         sys.exit(0)
 if rank == "0":
@@ -75,7 +82,7 @@ class House:
 
     def environ(self, **more: str) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
-        return {**clean, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", **more}
+        return {**clean, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "SIGHTLINE_QUEUE_S": "0", **more}
 
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -91,7 +98,7 @@ class House:
     def run(self, *words: str, code: int | None = None, **more: str) -> subprocess.CompletedProcess[str]:
         """``code``: the exit code that it must have."""
         process = self.start(*words, **more)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
         assert code in (None, process.returncode), err
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
@@ -157,6 +164,18 @@ def build(root: Path) -> House:
     (root / "analysis" / "ingest.py").write_text(INGEST)
     (root / "analysis" / "tables.py").write_text("import sys\nprint(*sys.argv[1:])\nsys.exit(7)\n")
     return House(root, root / "runs")
+
+
+def with_real_workers(house: House) -> None:
+    shutil.rmtree(house.root / "workers")
+    shutil.copytree(ROOT / "workers", house.root / "workers", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """A change that somebody makes to a file of the house; ``old`` stands in it once."""
+    text = path.read_text()
+    assert text.count(old) == 1, f"{path}: {text.count(old)} times: {old}"
+    path.write_text(text.replace(old, new))
 
 
 STEPS = """

@@ -29,7 +29,7 @@ from workers.engine import distributed, pictures, pretrain, probe, readout
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.encoder import save_encoder
 from workers.engine.fit import fit
-from workers.engine.run import Run, open_run
+from workers.engine.run import Run, loop, open_run, steps
 from workers.losses.sparsity import covariance, hidden_error, population_sparsity, unit_sparsity
 from workers.models.conv_autoencoder import ConvDecoder, ConvEncoder, widths_of
 from workers.transforms.crops import ResizeCenterCrop
@@ -212,29 +212,20 @@ def main() -> None:
             distributed.wrap(method),
             loader,
             updates,
-            epochs=settings.epochs,
             schedules={"lr": lambda t: settings.peak_lr * (min(1.0, t / warmup) if warmup else 1.0)},
             checkpoint=Checkpoint(run.folder / rundir.CHECKPOINT, run.journal, model=method, optimizer=updates),
             prepare=prepare,
-            track=run.track,
-            stop=run.stop,
-            seed=settings.seed,
-            accumulate=settings.accum_iter or 1,
-            amp=settings.amp,
-            clip=settings.clip_grad,
-            log_every=settings.log_every,
-            checkpoint_minutes=settings.checkpoint_minutes,
-            checkpoint_epochs=settings.checkpoint_epochs,
             evaluate=evaluate,
             evaluate_epochs=settings.eval_freq,
+            **loop(run),
         )
         found = read_out(run, method.encoder, (labelled_loader, val_loader), len(val.classes)) if finished else None
         if found is None:
             return
-        steps = settings.epochs * (len(loader) // (settings.accum_iter or 1))
+        done = steps(settings, len(loader))
         metrics = evaluate() | describe(method, val_loader, normalise) | found
         metrics |= pictures.skipped(settings, loader, labelled_loader, val_loader)
-        run.track(steps, steps, metrics)
+        run.track(done, done, metrics)
         if distributed.rank() == 0:
             (run.folder / rundir.FIGURES).mkdir(exist_ok=True)
             torch.manual_seed(distributed.fold(settings.seed))
@@ -242,7 +233,7 @@ def main() -> None:
             u = torch.rand(len(raw), 1, eye.numbers, dtype=torch.float64)
             draw(method, prepare(((raw, u), u, u)), run.folder / rundir.FIGURES)
         save_encoder(run.folder, method.encoder, run.identity)
-        run.finish(metrics, steps)
+        run.finish(metrics, done)
 
 
 if __name__ == "__main__":

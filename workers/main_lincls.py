@@ -24,7 +24,7 @@ from workers.engine import distributed, optim, pictures
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.encoder import EncoderError, load_encoder, save_encoder
 from workers.engine.fit import DTYPES, fit
-from workers.engine.run import Run, open_run
+from workers.engine.run import Run, loop, open_run, steps
 from workers.models import Encoder
 from workers.transforms.crops import BilinearCenterCrop, BilinearCrop
 
@@ -181,30 +181,21 @@ def main() -> None:
             distributed.wrap(model),
             loader,
             optimizer,
-            epochs=settings.epochs,
             schedules=schedules(settings),
             checkpoint=Checkpoint(
                 run.folder / rundir.CHECKPOINT, run.journal, model=model, optimizer=optimizer, best=best
             ),
             prepare=prepare,
-            track=run.track,
-            stop=run.stop,
-            seed=settings.seed,
-            accumulate=settings.accum_iter or 1,
-            amp=settings.amp,
-            clip=settings.clip_grad,
-            log_every=settings.log_every,
-            checkpoint_minutes=settings.checkpoint_minutes,
-            checkpoint_epochs=settings.checkpoint_epochs,
             evaluate=measure,
             evaluate_epochs=settings.eval_freq,
+            **loop(run),
         )
         if finished:
-            steps = settings.epochs * (len(loader) // (settings.accum_iter or 1))
+            done = steps(settings, len(loader))
             metrics = measure() | pictures.skipped(settings, loader, val_loader)
-            run.track(steps, steps, metrics)
+            run.track(done, done, metrics)
             save(run, model, val.classes)
-            run.finish(metrics, steps)
+            run.finish(metrics, done)
 
 
 if __name__ == "__main__":

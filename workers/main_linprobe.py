@@ -33,7 +33,7 @@ from workers.engine.encoder import load_encoder
 from workers.engine.fit import DTYPES, fit
 from workers.engine.frozen import Frozen, Reading, block_of, renormalised
 from workers.engine.optim import LARS, warmup_cosine
-from workers.engine.run import Run, open_run
+from workers.engine.run import Run, loop, open_run, steps
 from workers.models import Encoder
 from workers.models.vit import sincos
 from workers.pooling.abmilp import AbMILP
@@ -286,32 +286,23 @@ def main() -> None:
             distributed.wrap(model),
             loader,
             optimizer,
-            epochs=settings.epochs,
             schedules={"lr": lambda t: warmup_cosine(t, peak=peak, warmup=warmup, floor=settings.min_lr)},
             checkpoint=Checkpoint(
                 run.folder / rundir.CHECKPOINT, run.journal, model=model, optimizer=optimizer, best=best
             ),
             prepare=prepare,
-            track=run.track,
-            stop=run.stop,
-            seed=settings.seed,
-            accumulate=settings.accum_iter or 1,
-            amp=settings.amp,
-            clip=settings.clip_grad,
-            log_every=settings.log_every,
-            checkpoint_minutes=settings.checkpoint_minutes,
-            checkpoint_epochs=settings.checkpoint_epochs,
             evaluate=measure,
             evaluate_epochs=settings.eval_freq or max(1, settings.epochs // 10),
+            **loop(run),
         )
         if finished:
-            steps = settings.epochs * (len(loader) // (settings.accum_iter or 1))
+            done = steps(settings, len(loader))
             found = evaluate(model, val_loader, prepare, settings.amp)
             best.see(found[:, 0].tolist())
             metrics = named(found, best.top1, names) | pictures.skipped(settings, *read)
             save_heads(run, heads, val.classes, found, best)
-            run.track(steps, steps, metrics)
-            run.finish(metrics, steps)
+            run.track(done, done, metrics)
+            run.finish(metrics, done)
 
 
 if __name__ == "__main__":

@@ -52,11 +52,13 @@ class Settings:
     data_path: str | None = None
     resume: bool = True
     then: list[str] = field(default_factory=list)
+    smoke: int | None = field(default=None, metadata={"absent": None})  # steps, and batches evaluated: no result
     data: Data = field(default_factory=Data)
     env: Env = field(default_factory=Env)
 
     def __post_init__(self) -> None:
         at_least(self, 0, "seed")
+        at_least(self, 1, "smoke")
 
     def science(self) -> dict[str, Any]:
         """The settings that make the identity, as plain data. A key that was added after runs existed carries

@@ -22,6 +22,7 @@ class Env:
     workers: int = 0  # loader processes per process
     max_parallel: int | None = None  # runs side by side; null: as many as there are cores (here), no limit (scheduler)
     grace_s: int = 120  # from a request to leave to the kill
+    stall_min: float | None = 30.0  # minutes without a sign of life after which an attempt is ended; null: never
     # For a scheduler; null leaves it to the site.
     partition: str | None = None
     account: str | None = None
@@ -37,6 +38,10 @@ class Env:
     signal_s: int = 120  # from the warning to the time limit
     max_submit: int | None = None  # jobs of yours that the site takes at once; null: as its accounting says
     max_requeue: int = 5  # attempts in a row without a new step; then it gives up
+    pack: int = 1  # runs side by side in one allocation
+    canary: bool = True  # a launch of more than canary_above runs sends one element first, at smoke scale
+    canary_above: int = 20
+    breaker: int = 3  # the first so many runs that end with the same error hold the rest; 0: never
     setup: list[str] = field(default_factory=list)  # shell lines before the run
     gpu_model: str | None = None
     container: str | None = None  # image
@@ -57,8 +62,9 @@ class Env:
         at_least(self, 0, "ngpu", "workers")
         at_least(self, 1, "nproc", "nodes", "threads", "max_parallel", "grace_s")
         at_least(self, 1, "cpus", "mem_gb", "timeout_min", "max_submit")
-        above(self, 0, "shm_gb")
-        at_least(self, 0, "signal_s", "max_requeue")
+        above(self, 0, "shm_gb", "stall_min")
+        at_least(self, 0, "signal_s", "max_requeue", "canary_above", "breaker")
+        at_least(self, 1, "pack")
         self._check_texts()
         asked = {name for name in ("slurm", "lsf") if getattr(self, name)}
         if self.scheduler != "local":
@@ -67,6 +73,8 @@ class Env:
             raise SettingsError(f"env: asks for {' and '.join(sorted(asked))} at once; choose one scheduler")
         for name in asked:
             self.scheduler = name  # type: ignore[assignment]  # one of the Literal's values
+        if self.pack > 1 and self.nodes > 1:
+            raise SettingsError(f"env.pack={self.pack}: packs runs into one node, but env.nodes={self.nodes}")
         if self.ngpu and self.nproc and self.nproc > self.ngpu:
             raise SettingsError(f"env.nproc={self.nproc}: more processes than env.ngpu={self.ngpu} GPUs")
 

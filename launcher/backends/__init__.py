@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from contract import rundir
 from launcher import Unavailable
+from launcher.manifest import SUBMISSIONS
 from launcher.plan import Queued
-from launcher.rundirs import SUBMISSIONS, Submission
+from launcher.rundirs import Submission
 
 
 class Report(Protocol):
@@ -42,6 +43,9 @@ class Backend(Protocol):
 
     def cancel(self, jobs: Sequence[str]) -> None:
         """Take jobs out of the queue."""
+
+    def signal(self, jobs: Sequence[str], name: str) -> None:
+        """USR2, KILL: to every process of these jobs, as the scheduler warns and ends them."""
 
 
 def load(scheduler: str) -> Backend:

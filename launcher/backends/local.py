@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import IO
 
 from contract import rundir
+from launcher import breaker
 from launcher.backends import Report
 from launcher.plan import Queued, Run, visible_gpus
+from launcher.processes import signal_tree
 from launcher.rundirs import Submission
 from launcher.supervisor import AGAIN, FINISHED, IN_JOB, POLL_S, command
 
@@ -69,9 +71,27 @@ class Backend:
     def cancel(self, jobs: Sequence[str]) -> None:
         """Nothing waits in a queue."""
 
+    def signal(self, jobs: Sequence[str], name: str) -> None:
+        """A job is the number of its supervisor's process."""
+        for job in jobs:
+            signal_tree(int(job), signal.Signals[f"SIG{name}"])
+
 
 def supervise(folder: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "launcher.supervisor", str(folder), *flags]
+
+
+def begin(folder: Path, capsule: Path, gpus: Sequence[str], said: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    """A supervisor, which leaves when this process is gone."""
+    return subprocess.Popen(
+        supervise(folder, "--parent", str(os.getpid())),
+        cwd=capsule,
+        env={**os.environ, "PYTHONPATH": str(capsule)} | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
+        stdin=subprocess.DEVNULL,
+        stdout=said,
+        stderr=said,
+        start_new_session=True,  # a Ctrl-C reaches this process only, which passes it on
+    )
 
 
 @dataclass(frozen=True)
@@ -134,20 +154,35 @@ class _Session:
         for run in list(self.waiting):
             if len(self.active) >= self.submission.slots:
                 return
+            if run not in self.waiting:  # held with another
+                continue
             match self._parents(run):
                 case "finished":
                     self.waiting.remove(run)
-                    if rundir.state(run.folder) == "running":
+                    if breaker.holds(run.folder, rundir.read_run(run.folder)):
+                        self._hold(run)
+                    elif rundir.state(run.folder) == "running":
                         self._leave_to_another(run)
                     else:
                         self._start_one(run)
                 case "failed":
                     self.waiting.remove(run)
-                    self._end(run, None, f"not started: it needs {', '.join(run.parents)}, which did not finish")
+                    self._end(run, None, f"not started: it needs {', '.join(self._needs(run))}, which did not finish")
+
+    def _needs(self, run: Run) -> tuple[str, ...]:
+        canary = self.submission.canary
+        return run.parents if run.identity in canary else (*run.parents, *canary)
+
+    def _hold(self, run: Run) -> None:
+        """This stage is held, and all of it that waits."""
+        others = [each for each in self.waiting if each.stage == run.stage]
+        self.waiting = [each for each in self.waiting if each not in others]
+        self.ends |= {each.identity: None for each in others}
+        self._end(run, None, f"held, and {len(others)} more: those before ended alike; python launcher.py status")
 
     def _parents(self, run: Run) -> rundir.State:
         pending = {r.identity for r in [*self.waiting, *self.elsewhere, *(a.run for a in self.active)]}
-        for parent in run.parents:
+        for parent in self._needs(run):
             if parent in pending:
                 return "waiting"
             if self.ends.get(parent) != "finished":
@@ -161,16 +196,7 @@ class _Session:
         gpus = sorted(self.gpu_use, key=lambda d: self.gpu_use[d])[: run.settings.env.ngpu or 0]
         self.gpu_use.update(gpus)
         said = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
-        process = subprocess.Popen(
-            supervise(run.folder, "--parent", str(os.getpid())),
-            cwd=self.submission.capsule,
-            env={**os.environ, "PYTHONPATH": str(self.submission.capsule)}
-            | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,  # a Ctrl-C reaches this process only, which passes it on
-        )
+        process = begin(run.folder, self.submission.capsule, gpus, said)
         self.active.append(_Active(run, process, said, gpus))
         self.report.started(run.folder, _name(run))
 

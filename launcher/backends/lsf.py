@@ -22,7 +22,7 @@ from contract.settings.env import Env
 from launcher import ROOT, NotQueued, Unavailable, arrays
 from launcher.arrays import Array
 from launcher.backends import Report, intents, lsf_calls
-from launcher.manifest import elements
+from launcher.manifest import SUBMITTED, elements
 from launcher.plan import Queued, QueueState
 from launcher.rundirs import Submission
 from launcher.supervisor import AGAIN, command
@@ -30,8 +30,8 @@ from launcher.supervisor import AGAIN, command
 LONGEST = 1000  # elements of an array; a site may allow fewer, seldom more
 NAME = 255  # characters of an array's name with its elements
 DRY = ("-n", "--dry-run")
-SUBMITTED, ENDED = "submitted.json", "ended.json"
-WAITS = frozenset({"PEND", "WAIT", "PROV", "PSUSP"})
+ENDED = "ended.json"
+WAITS = frozenset({"PEND", "WAIT", "PROV"})
 LIVES = frozenset({"RUN", "USUSP", "SSUSP", "UNKWN", "ZOMBI"})  # suspended, or its host unreachable: not over
 OVER = frozenset({"DONE", "EXIT"})
 
@@ -46,7 +46,7 @@ class Backend:
         files = {array.name: f"ID-OF-{number}.bsub" for number, array in enumerate(made)}
         texts = []
         for number, array in enumerate(made):
-            after = files.get(array.after, array.after) if array.after else None
+            after = _condition(array, files)
             notes = [f"# {number}.bsub: {array.count} runs"] if len(made) > 1 else []
             if docker := docker_environment(array.env, submission.output_dir):
                 words = " ".join(f"{name}={shlex.quote(value)}" for name, value in docker.items())
@@ -66,12 +66,7 @@ class Backend:
         made = _arrays(submission)
         (submission.folder / "logs").mkdir()
         for number, array in reversed([*enumerate(made)]):  # 0.json says that all are there
-            intent = {
-                "scheduler": "lsf",
-                "name": array.name,
-                "minutes": array.env.timeout_min,
-                "runs": array.elements(),
-            }
+            intent = {"scheduler": "lsf", "minutes": array.env.timeout_min, **array.told()}
             rundir.write_json(submission.folder / f"{number}.json", intent)
         return made
 
@@ -81,7 +76,7 @@ class Backend:
         ids: dict[str, int] = {}
         for number, array in enumerate(made):
             path, docker = folder / f"{number}.bsub", docker_environment(array.env, submission.output_dir)
-            after = str(ids.get(array.after, array.after)) if array.after else None
+            after = _condition(array, {name: str(job) for name, job in ids.items()})
             rundir.write_atomic(path, script(array, number, submission, arrays.cap(array, made), after))
             try:
                 ids[array.name] = lsf_calls.submit(path, array.name, docker)
@@ -127,11 +122,11 @@ class Backend:
 
     def cancel(self, jobs: Sequence[str]) -> None:
         """An element that is being started may not hear of it; it finds the mark at its run."""
-        by_array: dict[str, list[int]] = {}
-        for job in jobs:
-            array, _, index = job.rstrip("]").partition("[")
-            by_array.setdefault(array, []).append(int(index))
-        lsf_calls.kill([f"{array}[{arrays.ranges(sorted(them))}]" for array, them in by_array.items()])
+        split = arrays.by_array(job.rstrip("]").split("[") for job in jobs)
+        lsf_calls.kill([f"{array}[{elements}]" for array, elements in split])
+
+    def signal(self, jobs: Sequence[str], name: str) -> None:
+        lsf_calls.kill(jobs, name)
 
 
 def _arrays(submission: Submission) -> list[Array]:
@@ -152,6 +147,13 @@ def _number(path: Path, intent: Mapping[str, Any]) -> int | None:
     return int(ids[name])
 
 
+def _condition(array: Array, ids: Mapping[str, str]) -> str | None:
+    """``-w``: an element follows that of its number, or the whole array waits for others to end well."""
+    if array.after:
+        return f"done({ids.get(array.after, array.after)}[*])"
+    return " && ".join(f"done({ids.get(gate, gate)})" for gate in array.gate) or None
+
+
 def _ended(folder: Path) -> list[int]:
     place = folder / ENDED
     return list(rundir.read_json(place)["jobs"]) if place.exists() else []
@@ -169,6 +171,8 @@ def _name(element: lsf_calls.Element) -> str:
 
 
 def _state(row: lsf_calls.Row) -> QueueState:
+    if row.state == "PSUSP":
+        return "held"
     if row.state in WAITS:
         never = re.search("never satisfied|invalid", row.why, re.IGNORECASE)
         return "blocked" if never and "ependency" in row.why else "queued"
@@ -196,9 +200,9 @@ def script(
         "G": env.account,
         "g": env.job_group,
         "sla": env.qos,
-        "n": env.cpus_per_node * env.nodes,
-        "R": _resources(env),
-        "M": f"{env.mem_gb:g}GB" if env.mem_gb else None,
+        "n": env.cpus_per_node * array.pack * env.nodes,
+        "R": _resources(env, array.pack),
+        "M": f"{env.mem_gb * array.pack:g}GB" if env.mem_gb else None,
         "gpu": _gpus(env),
         "m": env.nodelist,
         "U": env.reservation,
@@ -210,7 +214,7 @@ def script(
         "r": True,
         "o": f"{folder}/logs/%J.%I.out",
         "a": f"docker({env.container})" if env.container else None,
-        "w": f"done({after}[*])" if after else None,
+        "w": after,
         "ti": True if after else None,
         **{name.replace("_", "-"): value for name, value in env.extra.items()},
     }
@@ -248,13 +252,14 @@ def quoted(value: object) -> str:
     raise SettingsError(f"{text!r}: bsub cannot be told a text with both kinds of quotes, $, ` or a backslash")
 
 
-def _resources(env: Env) -> str:
+def _resources(env: Env, pack: int) -> str:
     """The one ``-R``: several are merged by some versions and refused by others."""
+    memory = env.mem_gb and env.mem_gb * pack
     wanted = [env.constraint] if env.constraint else []
-    wanted += [f"mem>{env.mem_gb:g}GB"] if env.mem_gb else []
+    wanted += [f"mem>{memory:g}GB"] if memory else []
     wanted += [f"hname!='{name}'" for name in (env.exclude or "").split(",") if name]
     parts = [f"select[{' && '.join(wanted)}]"] if wanted else []
-    parts += [f"rusage[mem={env.mem_gb:g}GB]"] if env.mem_gb else []  # with its unit: a bare number means KB to GB
+    parts += [f"rusage[mem={memory:g}GB]"] if memory else []  # with its unit: a bare number means KB to GB
     parts.append(f"span[ptile={env.cpus_per_node}]" if env.nodes > 1 else "span[hosts=1]")
     return " ".join(parts)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import NotQueued, Unavailable
+from launcher.arrays import ranges
 
 TIMEOUT_S = float(os.environ.get("SIGHTLINE_LSF_TIMEOUT_S", "60"))  # of one call: with its daemons down, LSF hangs
 PAUSE_S = min(2.0, TIMEOUT_S / 30)  # before the same question once more
@@ -197,17 +198,37 @@ def remembered(element: Element) -> bool | None:
 # -- taking out -------------------------------------------------------------------------------------------------------
 
 
-def kill(jobs: Sequence[str]) -> None:
-    """Take ``12`` or ``12[3-5]`` out of the queue. Never called with nothing: that would kill the newest job. One that
-    is over already makes the exit code an error, so that only an answer which does not come is one."""
+def kill(jobs: Sequence[str], name: str | None = None) -> None:
+    """Take ``12`` or ``12[3-5]`` out of the queue, or only send a signal of this name. Never called with nothing: that
+    would kill the newest job. One that is over already makes the exit code an error, so that only an answer which does
+    not come is one."""
     for at in range(0, len(jobs), 100):
         some = jobs[at : at + 100]
         if some:
-            code, _, err = call("bkill", *some)
+            code, _, err = call("bkill", *(["-s", name] if name else []), *some)
             if code is None:
                 raise Unavailable(
                     f"bkill: no answer in {TIMEOUT_S:g} s ({_last(err)}); the runs are marked all the same"
                 )
+
+
+def hold(arrays: Sequence[int]) -> None:
+    """Elements that wait do not start until they are resumed."""
+    for array in arrays:
+        states = _states(array)
+        waiting = sorted(index for index, state in states.items() if state in ("PEND", "WAIT"))
+        if not waiting:
+            continue
+        call("bstop", f"{array}[{ranges(waiting)}]")
+        stopped = [index for index, state in _states(array).items() if index in waiting and state == "USUSP"]
+        if stopped:  # began in between
+            call("bresume", f"{array}[{ranges(stopped)}]")
+
+
+def _states(array: int) -> dict[int, str]:
+    out, _ = _bjobs([str(array)])
+    rows = [line.split("^", 3) for line in out.splitlines()]
+    return {int(row[1]): row[2].strip() for row in rows if len(row) == 4 and row[1].isdigit()}
 
 
 def _last(err: str) -> str:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from contract import rundir
+from launcher import NotQueued, Unavailable
 from launcher.manifest import folders
 
 NODE, ATTEMPT = "SIGHTLINE_NODE", "SIGHTLINE_JOB_ATTEMPT"  # told to the supervisors of the other hosts
@@ -28,6 +30,7 @@ class Job:
     hosts: list[str]
     manifest: Path
     limit: float | None  # when LSF's -W ends it, in the clock of this host
+    pack: int  # how many of its runs it does side by side
 
     def ends(self) -> float | None:
         return self.limit
@@ -48,6 +51,16 @@ class Job:
     def again(self, wanted: bool, code: int) -> int:
         """The exit code. LSF queues an element again by the code alone: one that a person ended must not have it."""
         return code if wanted else KILLED
+
+    def hold(self, arrays: Sequence[str]) -> None:
+        """What still waits of these stays in the queue and does not start. LSF stops what runs as well: an element that
+        was just being started goes on, and sees for itself."""
+        from launcher.backends import lsf_calls
+
+        try:
+            lsf_calls.hold([int(array) for array in arrays])
+        except (NotQueued, Unavailable) as error:
+            print(error, file=sys.stderr)
 
     def torchrun(self) -> list[str]:
         """What torchrun must know to find the other hosts."""
@@ -86,4 +99,5 @@ def this_job(manifest: Path) -> Job:
         hosts=hosts,
         manifest=manifest,
         limit=time.time() + float(minutes) * 60 if minutes else None,
+        pack=int(told.get("pack", 1)),
     )

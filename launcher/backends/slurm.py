@@ -27,14 +27,13 @@ from launcher import NotQueued, Unavailable, arrays
 from launcher.arrays import Array
 from launcher.backends import Report, intents
 from launcher.backends.slurm_node import seconds as _seconds
-from launcher.manifest import elements
+from launcher.manifest import SUBMITTED, elements
 from launcher.plan import Queued, QueueState, Run
 from launcher.rundirs import Submission
 from launcher.supervisor import AGAIN, command
 
 TIMEOUT_S = 60
 SETTLE_S = 3.0  # after which the sbatch of a launcher that was killed has been heard, or never will be
-SUBMITTED = "submitted.json"
 # What an enclosing job says of itself is wrong in the jobs that it submits.
 ENCLOSING = re.compile(r"SLURM_(?!CONF$)|SLURMD_|SRUN_|PMIX?_|SIGHTLINE_ATTEMPT$|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_")
 # Slurm's commands are not in a container: what the supervisor would ask them is told, what it would have done is done.
@@ -62,6 +61,8 @@ class Backend:
         texts = []
         for number, array in enumerate(made):
             after = f", by --dependency=aftercorr after {files.get(array.after, array.after)}" if array.after else ""
+            if array.gate:
+                after = f", by --dependency=afterok after {', '.join(files.get(g, g) for g in array.gate)}"
             head = f"# {number}.sbatch: {array.count} runs{after}\n" if len(made) > 1 else ""
             texts.append(head + script(array, number, submission, arrays.cap(array, made)))
         return "\n".join(texts)
@@ -71,7 +72,9 @@ class Backend:
         folder, made = submission.folder, self.prepare(submission)
         ids: dict[str, str] = {}
         for number, array in enumerate(made):
-            after = ids.get(array.after, array.after) if array.after else None
+            after = f"aftercorr:{ids.get(array.after, array.after)}" if array.after else None
+            if array.gate:
+                after = f"afterok:{':'.join(ids.get(gate, gate) for gate in array.gate)}"
             try:
                 ids[array.name] = _sbatch(folder / f"{number}.sbatch", array.name, after)
             except NotQueued:
@@ -91,8 +94,7 @@ class Backend:
         for number, array in enumerate(made):
             text = script(array, number, submission, arrays.cap(array, made))
             rundir.write_atomic(folder / f"{number}.sbatch", text)
-            intent = {"scheduler": "slurm", "name": array.name, "runs": array.elements()}
-            rundir.write_json(folder / f"{number}.json", intent)
+            rundir.write_json(folder / f"{number}.json", {"scheduler": "slurm", **array.told()})
         return made
 
     def query(self, output_dir: Path) -> dict[str, Queued]:
@@ -117,8 +119,17 @@ class Backend:
         return found
 
     def cancel(self, jobs: Sequence[str]) -> None:
-        for at in range(0, len(jobs), 1000):
-            _call("scancel", *jobs[at : at + 1000])
+        for array, numbers in arrays.by_array(job.split("_") for job in jobs):
+            _call("scancel", f"{array}_[{numbers}]")
+
+    def signal(self, jobs: Sequence[str], name: str) -> None:
+        """To the jobs' steps, as a preemption does. KILL by the steps' own names: sent to a job it means to cancel it,
+        which warns first."""
+        if name == "KILL":
+            steps = _call("squeue", "-s", "-h", "-j", ",".join(jobs), "-o", "%i").split()
+            jobs = [step for step in steps if not step.endswith((".batch", ".extern"))]
+        if jobs:  # of nothing scancel would say that nothing was said
+            _call("scancel", f"--signal={name}", *jobs)
 
 
 def script(array: Array, number: int, submission: Submission, cap: int | None) -> str:
@@ -136,7 +147,8 @@ def script(array: Array, number: int, submission: Submission, cap: int | None) -
         **{name.replace("_", "-"): value for name, value in env.extra.items() if value is not None},
     }
     unwanted = tuple(f"#SBATCH --{name.replace('_', '-')}" for name, value in env.extra.items() if value is None)
-    srun = [f"--cpus-per-task={env.cpus_per_node}", "--open-mode=append"]
+    cpus = env.cpus_per_node * array.pack
+    srun = [f"--cpus-per-task={cpus}", "--open-mode=append"]
     if env.nodes > 1:
         srun.append("--kill-on-bad-exit=1")
     capsule = shlex.quote(str(submission.capsule))
@@ -165,9 +177,9 @@ def script(array: Array, number: int, submission: Submission, cap: int | None) -
             time=env.timeout_min,  # type: ignore[arg-type]  # None leaves it out
             nodes=env.nodes,
             ntasks_per_node=1,
-            cpus_per_task=env.cpus_per_node,
+            cpus_per_task=cpus,
             gpus_per_node=f"{env.gpu_model}:{env.ngpu}" if env.gpu_model and env.ngpu else env.ngpu or None,  # type: ignore[arg-type]
-            mem=_convert_mem(env.mem_gb) if env.mem_gb else None,
+            mem=_convert_mem(env.mem_gb * array.pack) if env.mem_gb else None,
             signal_delay_s=env.signal_s,
             wckey=None,  # type: ignore[arg-type]
             map_count=len(array.runs),
@@ -192,7 +204,7 @@ def script(array: Array, number: int, submission: Submission, cap: int | None) -
 
 
 def _sbatch(path: Path, name: str, after: str | None) -> str:
-    words = ["sbatch", "--parsable", *([f"--dependency=aftercorr:{after}"] if after else []), str(path)]
+    words = ["sbatch", "--parsable", *([f"--dependency={after}"] if after else []), str(path)]
     try:
         said = _call(*words)
     except NotQueued as error:
@@ -309,4 +321,6 @@ def _room(env: Env) -> int | None:
 def _state(state: str, why: str) -> QueueState:
     if why.startswith("DependencyNeverSatisfied"):
         return "blocked"
+    if why.startswith("JobHeld"):
+        return "held"
     return "running" if state == "RUNNING" else "leaving" if state == "COMPLETING" else "queued"

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from contract import rundir
-from launcher.manifest import folders
+from launcher.manifest import folders, pack
 
 TIMEOUT_S = 60
 
@@ -23,6 +24,7 @@ class Job:
     nodes: int
     attempt: str  # the same on every node, another one after every requeue
     address: str | None  # where the nodes of this job meet
+    pack: int  # how many of its runs it does side by side
 
     def ends(self) -> float | None:
         """When the time limit comes, in the clock of this node; None if there is none or nobody says."""
@@ -40,6 +42,10 @@ class Job:
         if wanted:
             _ask("scontrol", "requeue", self.id)
         return code
+
+    def hold(self, arrays: Sequence[str]) -> None:
+        """What still waits of these stays in the queue and does not start."""
+        _ask("scontrol", "uhold", ",".join(arrays))
 
     def torchrun(self) -> list[str]:
         """What torchrun must know to find the other nodes."""
@@ -69,7 +75,7 @@ def this_job(manifest: Path) -> Job:
         if not first:
             raise rundir.RunDirError(f"{name}: scontrol does not say which nodes these are")
         address = f"{first.split()[0]}:{12000 + number % 8000}"
-    return Job(mine, name, int(env.get("SLURM_NODEID", "0")), nodes, attempt, address)
+    return Job(mine, name, int(env.get("SLURM_NODEID", "0")), nodes, attempt, address, pack(manifest))
 
 
 def _ask(*words: str) -> str:

@@ -72,7 +72,7 @@ def test_a_warning_that_reaches_every_process_saves_the_run_and_asks_to_be_start
     assert ready.attempts(ready.folder)[-1]["cause"] == "stopped"
     assert rundir.state(ready.folder) == "stopped"
     assert not list(ready.folder.glob("stop*"))
-    step = int((ready.folder / "checkpoint.pt").read_text())
+    step = int((ready.folder / "checkpoint.pt").read_text().split()[0])
     configure(ready.folder, epochs=step + 1)
     assert ready.supervise().wait(30) == 0
     lines = rundir.read_journal(ready.folder / "metrics.jsonl")[0]

@@ -1,5 +1,6 @@
 """The launcher against LSF's stand-in: whatever LSF does, every run exists once, ends once, and people are told."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -287,3 +288,22 @@ def test_two_hosts_of_two_processes(house, lsf):
     assert (folder / "attempts.1.jsonl").exists()
     house.wait_for(lsf.idle)
     assert lsf.stats() == ["DONE"]
+
+
+def test_a_drill_preempts_by_lsfs_own_signals(house, lsf):
+    said = json.loads(house.run("drill", *LSF, "epochs=90", "--steps", "50", "--json", FAKE_SAVE="9", **SLOW).stdout)
+    warned, killed = said["runs"]
+    assert (said["scheduler"], said["equal"]) == ("lsf", True)
+    assert (warned["attempts"], warned["identical"]) == (2, True)
+    assert warned["interrupted"] == warned["resumed"]
+    assert (killed["attempts"], killed["identical"]) == (3, True)
+    assert killed["resumed"][1] % 9 == 0 < killed["resumed"][1] <= killed["interrupted"][1]
+    assert started(lsf) == [1, 2, 1, 1, 1]  # queued again by its exit code; sent again twice after it was killed
+    assert [*house.out.glob("drills/*")] == []
+
+
+@pytest.mark.slow
+def test_a_drill_on_lsf_catches_a_worker_that_forgets(house, lsf):
+    done = house.run("drill", *LSF, "epochs=90", "--steps", "50", code=100, FAKE_FORGETS="1", **SLOW)
+    assert "differs by" in done.stdout
+    assert "train/sum" in done.stdout

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from contract import rundir
-from tests.house import ROOT, killed_at_any_step
+from tests.house import edit, killed_at_any_step, with_real_workers
 
 CPU = "env.ngpu=0"
 SLOW = {"FAKE_STEP_S": "0.2"}
@@ -368,14 +368,8 @@ def test_what_a_strict_site_refuses_is_said_in_its_words(strict_house, strict_cl
 REAL = ["worker=main_lmim", "data=fake", "data.size=16", "data.length=96", "grid_size=4", "num_vis=5", "batch_size=8"]
 
 
-def real(house):
-    """The true workers in the house."""
-    shutil.rmtree(house.root / "workers")
-    shutil.copytree(ROOT / "workers", house.root / "workers", ignore=shutil.ignore_patterns("__pycache__"))
-
-
 def test_two_nodes_of_two_processes(house):
-    real(house)
+    with_real_workers(house)
     house.run(*REAL, "env.slurm=True", CPU, "env.nodes=2", "env.nproc=2", "epochs=2", "env.threads=1")
     house.wait_for(lambda: house.all("finished"), 120)
     (folder,) = house.runs()
@@ -386,7 +380,7 @@ def test_two_nodes_of_two_processes(house):
 
 
 def test_a_preempted_training_has_the_bytes_of_an_undisturbed_one(house, cluster):
-    real(house)
+    with_real_workers(house)
     words = [*REAL, "env=slurm", CPU, "epochs=12", "env.threads=1", "env.partition=preempt"]
     house.run(*words, "env.nodelist=node1")
     house.wait_for(lambda: house.runs() and house.steps(house.runs()[0]), 60)
@@ -396,3 +390,50 @@ def test_a_preempted_training_has_the_bytes_of_an_undisturbed_one(house, cluster
     house.wait_for(lambda: house.all("finished") and rundir.state(calm) == "finished", 90)
     assert house.causes(house.runs()[0]) == ["stopped", "finished"]
     assert (house.runs()[0] / "encoder.pt").read_bytes() == (calm / "encoder.pt").read_bytes()
+
+
+DRILL = ["drill", "worker=main_lmim", "env=slurm", CPU, "epochs=50", "env.nodelist=node1", "--steps", "30"]
+
+
+def test_a_drill_preempts_by_slurms_own_signals(house, cluster):
+    said = json.loads(house.run(*DRILL, "--json", FAKE_SAVE="7", **SLOW).stdout)
+    warned, killed = said["runs"]
+    assert (said["scheduler"], said["equal"]) == ("slurm", True)
+    assert (warned["attempts"], warned["identical"]) == (2, True)
+    assert warned["interrupted"] == warned["resumed"]
+    assert (killed["attempts"], killed["identical"]) == (3, True)
+    assert killed["resumed"][1] % 7 == 0 < killed["resumed"][1] < killed["interrupted"][1]
+    assert [*house.out.glob("drills/*")] == []
+    cluster.empty()
+
+
+@pytest.mark.slow
+def test_a_drill_on_slurm_catches_a_worker_that_forgets(house):
+    done = house.run(*DRILL, code=100, FAKE_FORGETS="1", **SLOW)
+    assert "differs by" in done.stdout
+    assert "train/sum" in done.stdout
+
+
+HANG = """            step += 1
+            if step == 7 and distributed.rank() == 1 and not (hung := checkpoint.path.with_name("hung")).exists():
+                hung.touch()
+                time.sleep(3600)
+"""
+
+
+@pytest.mark.slow
+def test_what_hangs_on_two_nodes_says_where_on_both_and_is_queued_again(house):
+    with_real_workers(house)
+    edit(house.root / "workers" / "engine" / "fit.py", "            step += 1\n", HANG)
+    edit(house.root / "workers" / "engine" / "pulse.py", "EVERY_S = 5.0", "EVERY_S = 0.2")
+    words = ["env.slurm=True", CPU, "env.nodes=2", "env.nproc=1", "env.threads=1", "env.stall_min=0.2", "log_every=1"]
+    house.run(*REAL, *words, "epochs=2", "checkpoint_minutes=0")
+    house.wait_for(lambda: house.all("finished"), 300)
+    (folder,) = house.runs()
+    first, *_ = rundir.attempts(folder)
+    for rank in (0, 1):
+        assert "in fit" in rundir.stacks_file(folder, first["attempt"], rank).read_text()
+    assert "rank 1: workers/engine/fit.py:" in (folder / rundir.LOG).read_text()
+    for node in (0, 1):
+        records, _ = rundir.read_journal(rundir.attempts_file(folder, node))
+        assert [r["cause"] for r in records if r["event"] == "end"] == ["stalled", "finished"]

@@ -223,3 +223,13 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
     with pytest.raises(Exception, match=r"(?i)weights_only|unsupported"):
         train(tmp_path)
     assert not (tmp_path / "owned").exists()
+
+
+def test_the_first_steps_alone_are_those_of_the_whole(tmp_path):
+    train(tmp_path / "whole")
+    done, _ = train(tmp_path / "first", most=15)  # into the second epoch
+    assert done
+    assert lines(tmp_path / "first") == lines(tmp_path / "whole")[:3]  # every fifth step has a line
+    done, rest = train(tmp_path / "first")
+    _, whole = train(tmp_path / "whole")
+    assert torch.equal(rest.layer.weight, whole.layer.weight)

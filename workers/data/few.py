@@ -30,6 +30,14 @@ class Few:
         return self.pictures[int(self.chosen[index])]
 
 
+def spread(pictures: Pictures, number: int) -> Pictures:
+    """At most ``number`` pictures, at equal distances: of every class about as large a share."""
+    if number >= len(pictures):
+        return pictures
+    chosen = np.arange(number, dtype=np.int64) * len(pictures) // number
+    return Few(pictures, chosen, labels_of(pictures, chosen))
+
+
 def few(pictures: Pictures, *, shots: int | None = None, fraction: float | None = None, seed: int = 0) -> Pictures:
     """``shots`` pictures of every class, or the ``fraction`` of every class (rounded, at least one); None: all of them.
 
@@ -65,14 +73,13 @@ def few(pictures: Pictures, *, shots: int | None = None, fraction: float | None 
     return Few(pictures, found, labels[found])
 
 
-def labels_of(pictures: Pictures) -> NDArray[np.int64]:
-    """All labels (n,); without reading pictures, for data sets that have a list of them."""
+def labels_of(pictures: Pictures, places: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """All labels (n,), or those at ``places``; without reading pictures, for data sets that have a list of them."""
+    places = np.arange(len(pictures), dtype=np.int64) if places is None else places
     known: Any = getattr(pictures, "labels", None)
     if known is None:
-        known = [pictures[index][1] for index in range(len(pictures))]
-    elif isinstance(known, Tensor):
-        known = known.numpy()
-    return np.asarray(known, np.int64)
+        return np.array([pictures[int(index)][1] for index in places], np.int64)
+    return np.asarray(known.numpy() if isinstance(known, Tensor) else known, np.int64)[places]
 
 
 def same_classes(train: Pictures, val: Pictures) -> None:

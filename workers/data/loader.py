@@ -155,11 +155,15 @@ def eval_loader(
     workers: int = 0,
     skip: bool = False,
     all_cores: bool = False,
+    seen: Callable[[], None] = lambda: None,
 ) -> DataLoader[Any]:
-    """Batches as above, in order, every picture once; ``skip`` leaves out those that cannot be read."""
+    """Batches as above, in order, every picture once; ``skip`` leaves out those that cannot be read. ``seen`` is called
+    for every batch."""
     sampler = InOrder(len(pictures), rank=rank, world=world)
     views = Views(pictures, transform, 0, fold, "drop" if skip else "stop")
-    return _loader(views, sampler, batch_size, workers, all_cores, drop_last=False)
+    loader = _loader(views, sampler, batch_size, workers, all_cores, drop_last=False)
+    loader.seen = seen
+    return loader
 
 
 def unreadable(loader: DataLoader[Any]) -> Tensor:
@@ -170,10 +174,10 @@ def unreadable(loader: DataLoader[Any]) -> Tensor:
 
 def _loader(
     views: Views, sampler: Sampler[Any], batch_size: int, workers: int, all_cores: bool, *, drop_last: bool
-) -> DataLoader[Any]:
+) -> _Batches:
     pictures = views.pictures
     if isinstance(pictures, Cached):
-        return DataLoader(pictures, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=_as_it_is)
+        return _Batches(pictures, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=_as_it_is)
     return _Batches(
         views,
         batch_size,
@@ -190,8 +194,16 @@ def _loader(
 class _Batches(DataLoader[Any]):
     """Without the batches of which no picture could be read."""
 
+    seen: Callable[[], None] = staticmethod(lambda: None)  # hears of every batch
+
     def __iter__(self) -> Any:
-        return (batch for batch in super().__iter__() if batch is not None)
+        return self._heard(super().__iter__())
+
+    def _heard(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self.seen()
+            if batch is not None:
+                yield batch
 
 
 def _readable(samples: list[Any]) -> Any:

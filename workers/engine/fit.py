@@ -38,6 +38,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     *,
     epochs: int,
+    most: int | None = None,
     schedules: Mapping[str, Schedule],
     checkpoint: Checkpoint,
     prepare: Callable[[Any], Any],
@@ -53,7 +54,8 @@ def fit(
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     evaluate_epochs: int = 0,
 ) -> bool:
-    """Train from wherever ``checkpoint`` left off. True when all ``epochs`` are done, False when asked to stop.
+    """Train from wherever ``checkpoint`` left off. True when all ``epochs``, or the first ``most`` steps of them, are
+    done, False when asked to stop.
 
     ``model(batch)`` returns a dict of scalars: ``loss`` is minimised and all are tracked, as means over the ranks and
     over the steps since the last line. A step is one update by ``accumulate`` micro-batches; what is left over at the
@@ -70,13 +72,14 @@ def fit(
     checkpoint.parts |= {"scaler": scaler, "meter": meter}
     per_epoch = len(loader) // accumulate
     total = epochs * per_epoch
+    last = total if most is None else min(most, total)
     if epochs and not per_epoch:
         raise ValueError(f"accum_iter={accumulate}: an epoch has only {len(loader)} batches; choose at most that many")
 
     step = checkpoint.restore()
     pace = Pace(step, checkpoint_minutes)
     model.train()
-    while step < total:
+    while step < last:
         epoch, done = divmod(step, per_epoch)
         sampler.start(epoch, done * accumulate)
         batches = iter(loader)
@@ -105,21 +108,23 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            to_log, epoch_ends = step % log_every == 0 or step == total, step % per_epoch == 0
+            to_log, epoch_ends = step % log_every == 0 or step == last, step % per_epoch == 0
             if to_log or epoch_ends or pace.due(step):
                 stopping, saving = pace.look(step, stop(), meter.first_bad)
                 if to_log:
                     track(step, total, meter.read() | {f"train/{name}": value for name, value in values.items()})
-                if epoch_ends and evaluate and evaluate_epochs and (epoch + 1) % evaluate_epochs == 0 and step < total:
+                if epoch_ends and evaluate and evaluate_epochs and (epoch + 1) % evaluate_epochs == 0 and step < last:
                     track(step, total, evaluate())
                     model.train()
                 due = epoch_ends and checkpoint_epochs and (epoch + 1) % checkpoint_epochs == 0
-                if stopping or saving or due or step == total:
+                if stopping or saving or due or step == last:
                     meter.collect()
                     checkpoint.save(step)
                     pace.saved()
-                if stopping and step < total:
+                if stopping and step < last:
                     return False
+            if step == last:
+                break
     return True
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import pulse
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -40,6 +42,7 @@ def logistic(
     weights = _weights([len(y) for _, y in batches], batch_means)
     curve = torch.zeros(epochs, 2, device=weight.device)
     for epoch in range(epochs):
+        pulse.beat()
         for (x, y), share in zip(batches, weights, strict=True):
             logits = F.linear(x, weight, bias)
             loss = F.cross_entropy(logits, y)

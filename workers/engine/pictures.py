@@ -16,11 +16,12 @@ import workers.data
 from contract.settings import Settings
 from workers.data import Pictures, Split
 from workers.data.cache import Shrunk, decoded
+from workers.data.few import spread
 from workers.data.files import Files
 from workers.data.loader import Transform, eval_loader, train_loader, unreadable
 from workers.models import Encoder
 
-from . import distributed
+from . import distributed, pulse
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,10 @@ def shuffled(settings: Settings, pictures: Pictures, transform: Transform, batch
 
 
 def in_order(settings: Settings, pictures: Pictures, transform: Transform, batch_size: int = 256) -> DataLoader[Any]:
+    """Every picture once; at smoke scale as many, from all over, as fill so many batches."""
+    if settings.smoke is not None:
+        wanted = max(settings.smoke * batch_size, getattr(settings, "effective_batch_size", None) or 0)
+        pictures = spread(pictures, wanted)
     return eval_loader(
         pictures,
         transform,
@@ -96,6 +101,7 @@ def in_order(settings: Settings, pictures: Pictures, transform: Transform, batch
         workers=settings.env.workers,
         skip=settings.data.on_error == "skip",
         all_cores=settings.data.worker_affinity,
+        seen=pulse.beat,
     )
 
 

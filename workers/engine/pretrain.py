@@ -19,7 +19,7 @@ from . import distributed, optim, pictures, probe
 from .checkpoint import Checkpoint
 from .encoder import save_encoder
 from .fit import Schedule, fit
-from .run import open_run
+from .run import loop, open_run, steps
 
 S = TypeVar("S", bound=Training)
 
@@ -78,31 +78,22 @@ def main(
             distributed.wrap(method),
             loader,
             updates,
-            epochs=settings.epochs,
             schedules=schedules(settings),
             checkpoint=checkpoint,
             prepare=finished_batch,
-            track=run.track,
-            stop=run.stop,
-            seed=settings.seed,
-            accumulate=settings.accum_iter or 1,
-            amp=settings.amp,
-            clip=settings.clip_grad,
-            log_every=settings.log_every,
-            checkpoint_minutes=settings.checkpoint_minutes,
-            checkpoint_epochs=settings.checkpoint_epochs,
             evaluate=evaluate,
             evaluate_epochs=getattr(settings, "eval_freq", 0),
+            **loop(run),
         )
         if not finished:
             return
-        steps = settings.epochs * (len(loader) // (settings.accum_iter or 1))
+        done = steps(settings, len(loader))
         metrics = evaluate() | pictures.skipped(settings, loader, val_loader)
-        run.track(steps, steps, metrics)
+        run.track(done, done, metrics)
         if draw is not None and distributed.rank() == 0:
             (run.folder / rundir.FIGURES).mkdir(exist_ok=True)
             some = pictures.examples(val, eval_transform(settings))
             method.eval()
             draw(method, prepare(some), run.folder / rundir.FIGURES)
         save_encoder(run.folder, method.encoder, run.identity)
-        run.finish(metrics, steps)
+        run.finish(metrics, done)

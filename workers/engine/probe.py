@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from workers.models import Encoder
 from workers.pooling.tokens import pool
 
-from . import distributed
+from . import distributed, pulse
 
 CHUNK = 1024  # queries whose similarities to the whole bank are held at a time
 
@@ -50,6 +50,7 @@ def leave_one_out(x: Tensor, labels: Tensor) -> float:
     x = F.normalize(x, dim=1)
     correct = 0
     for start in range(0, len(x), CHUNK):
+        pulse.beat()
         similarity = x[start : start + CHUNK] @ x.T
         own = torch.arange(start, start + len(similarity), device=x.device)
         similarity[torch.arange(len(own), device=x.device), own] = -torch.inf
@@ -89,6 +90,7 @@ def knn_grid(
     bank, query = F.normalize(bank, dim=1), F.normalize(query, dim=1)
     correct = {(each, temperature): 0 for temperature in temperatures for each in k}
     for start in range(0, len(query), CHUNK):
+        pulse.beat()
         similarity, nearest = (query[start : start + CHUNK] @ bank.T).topk(min(max(k), len(bank)), dim=1)
         votes, truth = bank_labels[nearest], labels[start : start + CHUNK]
         # less the largest similarity: the same vote, which cannot overflow

@@ -10,27 +10,28 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 import yaml
 
 import contract.settings
 from contract import rundir
-from contract.settings import Settings
+from contract.settings import Settings, Training
 from contract.settings.checks import SettingsError
 from workers.data import DataError
 
-from . import distributed
+from . import distributed, pulse
 from .checkpoint import CheckpointError
 from .encoder import EncoderError
 from .fit import NotFinite
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Settings)
+T = TypeVar("T", bound=Training)
 
 FOR_THE_USER = (SettingsError, DataError, EncoderError, CheckpointError, NotFinite, rundir.RunDirError, OSError)
 """Errors whose message says it all; the traceback still goes to the log."""
@@ -52,7 +53,10 @@ class Run(Generic[S]):
             log.info("step %d of %d  %s", step, of, shown)
 
     def stop(self) -> bool:
-        """Did the supervisor, or a person, ask us to save and leave? Raises RunDirError when the run was taken over."""
+        """Did the supervisor, or a person, ask us to save and leave? Raises RunDirError when the run was taken over.
+
+        Asked when all ranks have agreed to go on, and so a sign of life."""
+        pulse.beat()
         if self.journal is None:
             return False
         if self.attempt is not None:
@@ -77,6 +81,45 @@ class Run(Generic[S]):
             log.info("finished: %s", json.dumps(done["metrics"]))
 
 
+class Loop(TypedDict):
+    """What ``fit`` is told by the settings alone."""
+
+    epochs: int
+    most: int | None
+    track: Callable[[int, int, Mapping[str, float]], None]
+    stop: Callable[[], bool]
+    seed: int
+    accumulate: int
+    amp: str
+    clip: float | None
+    log_every: int
+    checkpoint_minutes: float
+    checkpoint_epochs: int | None
+
+
+def loop(run: Run[T]) -> Loop:
+    settings = run.settings
+    return Loop(
+        epochs=settings.epochs,
+        most=settings.smoke,
+        track=run.track,
+        stop=run.stop,
+        seed=settings.seed,
+        accumulate=settings.accum_iter or 1,
+        amp=settings.amp,
+        clip=settings.clip_grad,
+        log_every=settings.log_every,
+        checkpoint_minutes=settings.checkpoint_minutes,
+        checkpoint_epochs=settings.checkpoint_epochs,
+    )
+
+
+def steps(settings: Training, batches: int) -> int:
+    """How many the training takes, with so many batches an epoch."""
+    whole = settings.epochs * (batches // (settings.accum_iter or 1))
+    return whole if settings.smoke is None else min(settings.smoke, whole)
+
+
 @contextlib.contextmanager
 def open_run(cls: type[S]) -> Iterator[Run[S]]:
     """Everything between ``python -m workers.x RUN_DIR`` and the first batch; ends the process with 1 on an error."""
@@ -90,6 +133,8 @@ def open_run(cls: type[S]) -> Iterator[Run[S]]:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the supervisor alone listens to the scheduler
     _start_log()
     try:
+        if attempt is not None:
+            pulse.start(folder, attempt)
         with distributed.process_group():
             journal = rundir.Journal(folder / rundir.METRICS) if distributed.rank() == 0 else None
             settings = read_settings(folder, cls)

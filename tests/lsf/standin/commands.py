@@ -217,7 +217,10 @@ def bstop(words: list[str], _fault: dict[str, Any]) -> None:
             if not rows:
                 fail(f"Job <{word}>: No matching job found")
             for _, _, element in rows:
-                element["stop"] = True
+                if element["stat"] == "PEND":
+                    element["stat"] = "PSUSP"
+                elif element["stat"] not in OVER:
+                    element["stop"] = True
             print(f"Job <{word}> is being stopped")
 
 

@@ -1,0 +1,530 @@
+"""``drill``: before a thousand runs rely on it, whether being preempted loses nothing here.
+
+One run at smoke scale, three times over, each in a folder of its own, of the same code and so of the same identity:
+undisturbed; warned by the scheduler's own signal in mid-training, so that it saves, leaves and is started again; killed
+without a warning, before there is a checkpoint and after. Then what they wrote down is compared line by line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import filecmp
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from contract import rundir
+from contract.settings import Training
+from contract.settings.checks import SettingsError
+from launcher import NotQueued, backends, capsule, queues, rundirs, show
+from launcher.backends import local
+from launcher.identity import find_encoder, takes_encoder
+from launcher.plan import Plan, Run, build, check_data, visible_gpus
+from launcher.rundirs import Submission
+
+STEPS = 20
+FOUND, NOT_FOUND = 0, 100  # exit codes: that nothing is lost
+WARNING, KILL = "USR2", "KILL"
+TOO_LATE = "it ended before it could be interrupted; --steps N makes it longer"
+
+
+def drill(found: Plan, args: argparse.Namespace) -> int:
+    """Of the first run of a plan. Gives the exit code."""
+    first = found.runs[0]
+    _check(first)
+    name = re.sub(r"[^\w.-]+", "-", first.name).strip("-.") or "run"
+    folder = found.output_dir / "drills" / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    out = show.console(args.no_color, stderr=True)
+    trials = Trials(first, folder, lambda text: out.print(show.plain(text)))
+    trials.say(f"drill of {first.name} seed={first.settings.seed} on {first.settings.env.scheduler}, in {folder}")
+    try:
+        disturbed = trials.all(args.steps)
+    except NotQueued:
+        if len(trials.made) == 1:  # what was refused leaves nothing behind
+            shutil.rmtree(folder)
+        raise
+    finally:
+        trials.stop()
+    results = [Result.of(trial, trials.calm, args.tolerance) for trial in disturbed]
+    good = bool(results) and all(result.good for result in results)
+    if args.json:
+        print(json.dumps(_described(trials, results, args.tolerance, good, args.keep or not good)))
+    else:
+        _show(show.console(args.no_color), trials, results, args.tolerance)
+    if good and not args.keep:
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # others are in it
+            folder.parent.rmdir()
+    else:
+        print(f"kept: {folder}", file=sys.stderr)
+    return FOUND if good else NOT_FOUND
+
+
+def _check(run: Run) -> None:
+    """Raises SettingsError or Unavailable before anything is written."""
+    settings = run.settings
+    if not isinstance(settings, Training):
+        raise SettingsError(f"worker={settings.worker}: has no training to interrupt; for instance worker=main_lmim")
+    if settings.env.scheduler == "local" and settings.env.nodes > 1:
+        raise SettingsError("env.nodes: this is one machine; env.slurm=True or env.lsf=True asks for more")
+    check_data([run])
+    backends.load(settings.env.scheduler).ready()
+
+
+# -- where a run is started and signalled -----------------------------------------------------------------------------
+
+
+class Place(Protocol):
+    enough_s: float  # how long a training must take to be met in the middle
+    look_s: float  # between two looks at its files
+    late_s: float  # how much later than its end a file may be seen
+    queues_again: bool  # what was warned, saved and left
+
+    def start(self) -> None: ...
+    def alive(self) -> bool:
+        """Whether the run goes on, or will, without anything being done."""
+
+    def signal(self, name: str) -> None:
+        """As the scheduler does: to every process of the job."""
+
+    def stop(self) -> None: ...
+
+
+class Here:
+    """A supervisor, started as the launcher starts one."""
+
+    enough_s, look_s, late_s, queues_again = 3.0, 0.02, 0.0, False
+
+    def __init__(self, submission: Submission, plan: Plan, commit: str | None):
+        rundirs.write(submission, plan, commit)
+        self.submission = submission
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        (run,) = self.submission.runs
+        gpus = visible_gpus()[: run.settings.env.ngpu or 0]
+        self.process = local.begin(run.folder, self.submission.capsule, gpus, subprocess.DEVNULL)
+
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def signal(self, name: str) -> None:
+        if self.process is not None and self.alive():
+            local.Backend().signal([str(self.process.pid)], name)
+            if name == KILL:
+                self.process.wait()
+
+    def stop(self) -> None:
+        self.signal(KILL)
+
+
+class InQueue:
+    """A job of a scheduler, sent as any other."""
+
+    enough_s, look_s, late_s, queues_again = 30.0, 0.2, 20.0, True
+    ask_s = 3.0  # between two questions to the scheduler
+
+    def __init__(self, submission: Submission, plan: Plan, commit: str | None):
+        self.submission, self.plan, self.commit = submission, plan, commit
+        (self.run,) = submission.runs
+        self.backend = backends.load(self.run.settings.env.scheduler)
+        self.asked, self.job = 0.0, ""
+
+    def start(self) -> None:
+        output_dir = self.submission.output_dir
+        sent = dataclasses.replace(self.submission, folder=rundirs.new_folder(output_dir, self.submission.name))
+        rundirs.write(sent, self.plan, self.commit)
+        queues.send(sent, self.backend, show.Watch(1, quiet=True))
+        self.asked = 0.0
+
+    def alive(self) -> bool:
+        """What the queue said some seconds ago will do."""
+        if time.monotonic() - self.asked > self.ask_s:
+            queued = self.backend.query(self.submission.output_dir).get(self.run.identity)
+            self.job, self.asked = queued.job if queued else "", time.monotonic()
+        return bool(self.job)
+
+    def signal(self, name: str) -> None:
+        self.asked = 0.0
+        if self.alive():
+            self.backend.signal([self.job], name)
+            self.asked = 0.0
+
+    def stop(self) -> None:
+        self.asked = 0.0
+        if self.alive():
+            self.backend.cancel([self.job])
+
+
+# -- a run, and what is done to it ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trial:
+    what: str
+    run: Run
+    place: Place
+    say: Callable[[str], None]
+    interrupted: list[int | None] = field(default_factory=list)  # the last step before each interruption
+    resumed: list[int | None] = field(default_factory=list)  # the step from which the attempt after it went on
+    trouble: str = ""  # why it proves nothing
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder
+
+    @property
+    def state(self) -> str:
+        return rundir.state(self.folder)
+
+    def tell(self, text: str) -> None:
+        self.say(f"{self.what:12}{text}")
+
+    def starts(self) -> list[dict[str, Any]]:
+        records, _ = rundir.read_journal(rundir.attempts_file(self.folder, 0))
+        return [record for record in records if record.get("event") == "start"]
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What the attempt that runs now has written."""
+        records, _ = rundir.read_journal(self.folder / rundir.METRICS)
+        began = float(starts[-1]["time"]) if (starts := self.starts()) else math.inf
+        return [record for record in records if float(record.get("time", 0)) >= began - 0.001]
+
+    def until(self, condition: Callable[[], bool]) -> bool:
+        """Wait for it. False where the run came to its end before."""
+        while not condition():
+            if self.state in ("finished", "cancelled"):
+                return condition()
+            if not self.place.alive() and not self._late():
+                return condition()
+            time.sleep(self.place.look_s)
+        return True
+
+    def _late(self) -> bool:
+        """The scheduler has let go of it: wait until its last files are seen. True if it runs after all."""
+        end = time.monotonic() + self.place.late_s
+        while time.monotonic() < end and self.state != "finished" and not self._written_down():
+            time.sleep(self.place.look_s)
+        return self.place.alive()
+
+    def _written_down(self) -> bool:
+        """How the last attempt ended."""
+        return (rundir.last_record(rundir.attempts_file(self.folder, 0)) or {}).get("event") == "end"
+
+    def interrupt(self, name: str, when: Callable[[], bool]) -> bool:
+        """A signal at that moment. False where the run was over before."""
+        if not self.until(when):
+            self.trouble = TOO_LATE if self.state == "finished" else self._how_it_ended()
+            return False
+        self._note_resumption()
+        attempt = len(self.starts())
+        self.tell(f"at step {self.lines()[-1]['step']}: {name} to all of its processes")
+        self.place.signal(name)
+        if name == KILL:
+            while self.place.alive() and len(self.starts()) == attempt:
+                time.sleep(self.place.look_s)
+            if self.state not in ("finished", "cancelled") and not self.place.alive():
+                self.place.start()
+        return self._started_again(attempt)
+
+    def _started_again(self, before: int) -> bool:
+        """Wait for another attempt; here, where no scheduler does so, begin it."""
+        while len(self.starts()) <= before:
+            if self.state in ("finished", "cancelled"):
+                self.trouble = TOO_LATE
+                return False
+            if not self.place.alive() and not self._late() and len(self.starts()) <= before:
+                if self.state != "stopped":
+                    self.trouble = self._how_it_ended()
+                    return False
+                if self.place.queues_again:
+                    self.tell("saved and left, and was not queued again by the scheduler; sent again from here")
+                self.place.start()
+            time.sleep(self.place.look_s)
+        self.interrupted.append(int(self.starts()[before].get("step") or 0))
+        self.tell(f"started again, after step {self.interrupted[-1]}")
+        return True
+
+    def to_the_end(self) -> bool:
+        self.until(lambda: self.state == "finished")
+        self._note_resumption()
+        if self.state != "finished":
+            self.trouble = self._how_it_ended()
+            return False
+        while self.place.alive() and not self._written_down():
+            time.sleep(self.place.look_s)
+        self.tell("finished")
+        return True
+
+    def _how_it_ended(self) -> str:
+        return f"{self.state}: {show.last_words(self.folder)}"
+
+    def _note_resumption(self) -> None:
+        if len(self.starts()) > 1:
+            lines = self.lines()
+            self.resumed.append(int(lines[0]["step"]) - 1 if lines else None)
+
+
+class Trials:
+    """The three of them, of one capsule."""
+
+    def __init__(self, first: Run, folder: Path, say: Callable[[str], None]):
+        self.first, self.folder, self.say = first, folder, say
+        self.place = Here if first.settings.env.scheduler == "local" else InQueue
+        settings = first.settings
+        apart: list[str | Path] = [settings.output_dir, *([settings.data_path] if settings.data_path else [])]
+        self.code = capsule.collect(apart)
+        self.made: list[Trial] = []
+
+    @property
+    def calm(self) -> Trial:
+        return self.made[0]
+
+    @property
+    def steps(self) -> int:
+        return self.calm.run.settings.smoke or 0
+
+    def all(self, steps: int | None) -> list[Trial]:
+        """Those that were disturbed; none where the undisturbed run did not finish."""
+        calm = self._undisturbed("undisturbed", steps or STEPS)
+        if calm.trouble:
+            return []
+        enough, whole = self.place.enough_s, int(calm.lines()[0]["of"])
+        if steps is None and (took := _seconds(calm)) < enough and self.steps < whole:
+            more = min(math.ceil(self.steps * 1.2 * enough / max(took, 0.01)), whole)
+            calm.tell(f"{self.steps} steps took {took:.2g} s, too short to be met in the middle; again with {more}")
+            self.made.clear()
+            calm = self._undisturbed("undisturbed-again", more)
+            if calm.trouble:
+                return []
+        return [self._warned(), self._killed(_seconds(calm))]
+
+    def stop(self) -> None:
+        for trial in self.made:
+            trial.place.stop()
+
+    def _undisturbed(self, name: str, steps: int) -> Trial:
+        trial = self._begin("undisturbed", name, steps)
+        trial.to_the_end()
+        return trial
+
+    def _warned(self) -> Trial:
+        trial = self._begin("warned", "warned", self.steps)
+        if trial.interrupt(WARNING, lambda: _step(trial) >= max(1, self.steps // 2)) and trial.to_the_end():
+            causes = _causes(trial)
+            if causes[:1] != ["stopped"]:
+                trial.trouble = f"it did not save and leave when it was warned, but ended as: {', '.join(causes)}"
+            elif trial.resumed[0] != trial.interrupted[0]:
+                trial.trouble = (
+                    f"what was saved is lost: warned, it left after step {trial.interrupted[0]}, "
+                    f"and went on from step {trial.resumed[0]}"
+                )
+        return trial
+
+    def _killed(self, took: float) -> Trial:
+        """With checkpoints a quarter of the training apart, if they were not to come more often anyway."""
+        trial = self._begin("killed", "killed", self.steps, minutes=took / 4 / 60)
+        saved: list[int] = []
+
+        def went_on() -> bool:
+            if not saved and (trial.folder / rundir.CHECKPOINT).exists():
+                saved.append(_step(trial))
+            return bool(saved) and _step(trial) > max(saved[0], self.steps // 2)
+
+        if (
+            trial.interrupt(KILL, lambda: _step(trial) >= 1)
+            and trial.interrupt(KILL, went_on)
+            and trial.to_the_end()
+            and not trial.resumed[1]
+        ):
+            trial.trouble = "it had a checkpoint, and began again from step 0"
+        return trial
+
+    def _begin(self, what: str, name: str, steps: int, minutes: float | None = None) -> Trial:
+        settings, output_dir = copy.deepcopy(self.first.settings), self.folder / name
+        assert isinstance(settings, Training)
+        settings.output_dir, settings.smoke, settings.log_every = str(output_dir), steps, 1
+        settings.then, settings.env.max_parallel = [], 1
+        if minutes is not None:
+            settings.checkpoint_minutes = min(settings.checkpoint_minutes, minutes)
+        source = None
+        if takes_encoder(settings.worker):
+            source = find_encoder(getattr(settings, "encoder"), output_dir)  # noqa: B009  # not all settings have one
+        run = build(settings, source, self.first.stage, self.first.explicit)
+        output_dir.mkdir(parents=True)
+        self.code.store(output_dir)
+        submission = Submission(
+            name=f"drill-{name}",
+            output_dir=output_dir,
+            capsule=self.code.path(output_dir),
+            runs=(run,),
+            folder=rundirs.new_folder(output_dir, "drill"),
+            fresh=frozenset({run.identity}),
+        )
+        plan = Plan(name="drill", output_dir=output_dir, runs=(run,))
+        trial = Trial(what, run, self.place(submission, plan, self.code.commit()), self.say)
+        self.made.append(trial)
+        trial.place.start()
+        trial.tell(f"started: {steps} steps")
+        return trial
+
+
+def _step(trial: Trial) -> int:
+    lines = trial.lines()
+    return int(lines[-1].get("step") or 0) if lines else 0
+
+
+def _causes(trial: Trial) -> list[str]:
+    return [str(r["cause"]) for r in rundir.attempts(trial.folder) if r.get("event") == "end"]
+
+
+def _seconds(calm: Trial) -> float:
+    """From the first step to the last."""
+    lines = calm.lines()
+    last = next(line for line in lines if line["step"] == lines[-1]["step"])  # the others of that step are evaluations
+    return float(last["time"]) - float(lines[0]["time"])
+
+
+# -- comparing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    trial: Trial
+    worst: Mapping[str, float]  # the largest relative difference by metric, where there is any
+    first: str  # the first line that differs
+    encoder: str  # same, differs, none
+    good: bool
+
+    @classmethod
+    def of(cls, trial: Trial, calm: Trial, tolerance: float) -> Result:
+        if trial.trouble:
+            return cls(trial, {}, "", "", False)
+        worst, first = compare(_written(calm.folder), _written(trial.folder))
+        encoder = _encoders(trial.folder / rundir.ENCODER, calm.folder / rundir.ENCODER)
+        good = max(worst.values(), default=0.0) <= tolerance and (encoder != "differs" or tolerance > 0)
+        return cls(trial, worst, first, encoder, good)
+
+    @property
+    def verdict(self) -> str:
+        if self.trial.trouble:
+            return "not shown"
+        if not self.worst:
+            return "byte-identical"
+        metric = max(self.worst, key=lambda name: self.worst[name])
+        return f"differs by {self.worst[metric]:.2g} in {metric}"
+
+
+def _written(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of its journal, and the metrics at the end, without the times; each with its name."""
+    lines, _ = rundir.read_journal(folder / rundir.METRICS)
+    named = [(f"{rundir.METRICS}:{number}", line) for number, line in enumerate(lines, 1)]
+    done = rundir.read_json(folder / rundir.DONE)
+    named.append((rundir.DONE, {"step": done.get("steps"), **(done.get("metrics") or {})}))
+    return [(name, {key: value for key, value in line.items() if key != "time"}) for name, line in named]
+
+
+def compare(
+    calm: list[tuple[str, dict[str, Any]]], other: list[tuple[str, dict[str, Any]]]
+) -> tuple[dict[str, float], str]:
+    """(the largest relative difference of every metric that differs, what differs first). A line or a metric that only
+    one of them has, or another step, is an infinite difference."""
+    worst: dict[str, float] = {}
+    first = ""
+    for here, there in itertools.zip_longest(calm, other):
+        name = (here or there)[0]
+        one, two = (each[1] if each else {} for each in (here, there))
+        for key in {**one, **two}:
+            if (distance := _distance(key, one.get(key), two.get(key))) > 0:
+                worst[key] = max(worst.get(key, 0.0), distance)
+                place = f"{name}, step {one.get('step', two.get('step'))}"
+                first = first or f"{place}: {key} {one.get(key)} undisturbed, {two.get(key)} here"
+    return worst, first
+
+
+def _distance(key: str, one: Any, two: Any) -> float:
+    if one == two:
+        return 0.0
+    if key in ("step", "of") or not all(isinstance(each, (int, float)) for each in (one, two)):
+        return math.inf
+    return float(abs(one - two) / max(abs(one), abs(two)))
+
+
+def _encoders(one: Path, two: Path) -> str:
+    """Equal tensors are saved as equal bytes."""
+    if one.exists() != two.exists():
+        return "differs"
+    if not one.exists():
+        return "none"
+    return "same" if filecmp.cmp(one, two, shallow=False) else "differs"
+
+
+# -- showing ----------------------------------------------------------------------------------------------------------
+
+
+def _show(out: Console, trials: Trials, results: list[Result], tolerance: float) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("run", "interrupted after step", "went on from", "attempts", "curve", "encoder"):
+        table.add_column(name)
+    table.add_row("undisturbed", "-", "-", str(len(trials.calm.starts())), trials.calm.trouble or "-", "-")
+    for result in results:
+        trial = result.trial
+        steps = [_listed(each) for each in (trial.interrupted, trial.resumed)]
+        table.add_row(trial.what, *steps, str(len(trial.starts())), result.verdict, result.encoder or "-")
+    out.print(table)
+    for result in results:
+        if said := result.trial.trouble or result.first:
+            out.print(f"{result.trial.what}: {show.plain(said)}")
+    if results and all(result.good for result in results):
+        within = "byte for byte" if not any(r.worst for r in results) else f"within {tolerance:g} (relative)"
+        out.print(f"preemption loses nothing here: {trials.steps} steps, the same {within}")
+    else:
+        out.print("preemption may lose something here; logs and curves are in the folder that is kept")
+
+
+def _listed(steps: list[int | None]) -> str:
+    return ", ".join("?" if step is None else str(step) for step in steps) or "-"
+
+
+def _described(trials: Trials, results: list[Result], tolerance: float, good: bool, kept: bool) -> dict[str, Any]:
+    run = trials.calm.run
+    return {
+        "name": run.name,
+        "identity": run.identity,
+        "scheduler": run.settings.env.scheduler,
+        "steps": trials.steps,
+        "tolerance": tolerance,
+        "equal": good,
+        "trouble": trials.calm.trouble or None,
+        "dir": str(trials.folder) if kept else None,
+        "runs": [
+            {
+                "run": result.trial.what,
+                "interrupted": result.trial.interrupted,
+                "resumed": result.trial.resumed,
+                "attempts": len(result.trial.starts()),
+                "equal": result.good,
+                "identical": not result.trial.trouble and not result.worst,
+                "worst": {name: value if math.isfinite(value) else None for name, value in result.worst.items()},
+                "first": result.first or None,
+                "encoder": result.encoder or None,
+                "trouble": result.trial.trouble or None,
+            }
+            for result in results
+        ],
+    }
