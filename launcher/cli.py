@@ -78,7 +78,8 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
     if verb in (None, "fill", "retry"):
         flag("--prepare", type=Path, help=argparse.SUPPRESS)  # said by scripts that -n printed and a person sent
     if verb in (None, "plan", "fill", "status", "why", "prune"):
-        flag("--json", action="store_true", help="one JSON object a line: per run, per cause, per thing that may go")
+        each = {"why": "cause", "prune": "thing that may go"}.get(verb or "", "run")
+        flag("--json", action="store_true", help=f"one JSON object per {each} and line")
     if verb in (None, "fill"):
         flag("--stale", action="store_true", help="run again what other code made")
     if verb == "fill":

@@ -27,8 +27,8 @@ def say(house, command, **more):
 
 def test_two_hundred_runs_with_four_causes_are_four_groups_and_their_commands_mend_them(house, lsf):
     more = {"FAKE_FAULTS": json.dumps(FAULTS)}
-    house.run(*LSF, *NO_CANARY, "job_name=sweep", "seed=range(200)", "env.max_submit=20", "epochs=1", "-q", **more)
-    house.wait_for(lsf.idle, 120)
+    house.run(*LSF, *NO_CANARY, "job_name=sweep", "seed=range(200)", "env.max_submit=12", "epochs=1", "-q", **more)
+    house.wait_for(lsf.idle, 180)
     found = groups(house, "sweep")
     assert {kind: group["count"] for kind, group in found.items()} == COUNTS
     screen = house.run("why", "sweep", code=100).stdout.splitlines()
@@ -39,7 +39,7 @@ def test_two_hundred_runs_with_four_causes_are_four_groups_and_their_commands_me
     for kind in (why.DATA, why.KILLED):
         say(house, found[kind]["command"] + " -y -q", **more)
     assert "20 runs ended by a bug" in house.run("retry", "sweep", "why=user bug", "-y", code=4).stderr
-    house.wait_for(lsf.idle, 120)
+    house.wait_for(lsf.idle, 180)
     assert {kind: group["count"] for kind, group in groups(house).items()} == {why.BUG: 20}
 
 

@@ -33,11 +33,11 @@ def say(house, command, **more):
 
 
 def test_two_hundred_runs_with_four_causes_are_four_groups_and_their_commands_mend_them(house, cluster):
-    """Of 200 runs, 20 jobs do 10 each: what Slurm and the supervisors say of one is not taken for another's."""
+    """12 jobs do 200 runs: what Slurm and the supervisors say of one is not taken for another's."""
     more = {"FAKE_FAULTS": json.dumps(FAULTS)}
-    words = ["worker=main_lmim", "job_name=sweep", "env.slurm=True", CPU, "seed=range(200)", "env.max_submit=20"]
+    words = ["worker=main_lmim", "job_name=sweep", "env.slurm=True", CPU, "seed=range(200)", "env.max_submit=12"]
     house.run(*words, *NO_CANARY, "epochs=1", "-q", **more)
-    house.wait_for(lambda: not cluster.queue(), 120)
+    house.wait_for(lambda: not cluster.queue(), 180)
     found = groups(house, "sweep")
     assert {kind: group["count"] for kind, group in found.items()} == COUNTS
     screen = house.run("why", "sweep", code=100).stdout.splitlines()
@@ -50,13 +50,13 @@ def test_two_hundred_runs_with_four_causes_are_four_groups_and_their_commands_me
         say(house, found[kind]["command"] + " -y -q", **more)
     assert "20 runs ended by a bug" in house.run("retry", "sweep", "why=user bug", "-y", code=4).stderr
     house.run("retry", "sweep", "why=user bug", "-y", "-q", "--force", **more)
-    house.wait_for(lambda: not cluster.queue(), 120)
+    house.wait_for(lambda: not cluster.queue(), 180)
     assert house.all("finished")
     assert groups(house, code=0) == {}
 
 
 def test_a_node_that_died_is_named_and_left_out(house, cluster):
-    words = ["worker=main_lmim", "env=slurm", CPU, "epochs=9", "env.exclude='node[1,2,4]'"]
+    words = ["worker=main_lmim", "env=slurm", CPU, "epochs=99", "env.exclude='node[1,2,4]'"]
     house.run(*words, "env.extra.requeue=null", "env.extra.no-requeue=true", **SLOW)
     house.wait_for(lambda: house.runs() and house.steps(house.runs()[0]))
     (folder,) = house.runs()
@@ -97,7 +97,7 @@ def test_a_supervisor_that_slurm_killed_and_one_that_never_came(house, cluster):
 
 
 def test_what_a_person_ended_and_what_the_clock_did(house, cluster):
-    house.run("worker=main_lmim", "env=slurm", CPU, "epochs=30", "seed=0,1", **SLOW)
+    house.run("worker=main_lmim", "env=slurm", CPU, "epochs=99", "seed=0,1", **SLOW)
     house.wait_for(lambda: len(house.runs()) == 2 and all(house.steps(f) for f in house.runs()))
     follower = house.start("logs", "main_lmim", "-f")
     cluster.call("scancel", "-u", "root")
@@ -108,20 +108,3 @@ def test_what_a_person_ended_and_what_the_clock_did(house, cluster):
     house.wait_for(lambda: house.all("finished"))
     out, _ = follower.communicate(timeout=60)
     assert {line.partition(" |")[0].partition(" ")[2] for line in out.splitlines()} == {"seed=0", "seed=1"}
-
-
-def test_prune_leaves_what_is_queued(house, cluster):
-    house.run("worker=main_lmim", "env.slurm=True", CPU, "env.extra.hold=true")
-    old = time.time() - 99 * 86400
-    for path in [*house.out.glob("capsules/*"), *house.out.glob("*/*/run.json"), *house.out.glob("submissions/*/*")]:
-        os.utime(path, (old, old))
-    assert "nothing may go" in house.run("prune", "-y").stdout
-    cluster.empty()
-    house.wait_for(lambda: not cluster.queue())
-    assert [json.loads(line)["what"] for line in house.run("prune", "-n", "--json").stdout.splitlines()] == [
-        "abandoned"
-    ]
-    house.run("prune", "-y")
-    assert house.runs() == []
-    assert [json.loads(line)["what"] for line in house.run("prune", "-y", "--json").stdout.splitlines()] == ["capsules"]
-    assert not [*house.out.glob("capsules/*")]
