@@ -12,6 +12,7 @@ all others      again
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -89,10 +90,7 @@ def _behind(found: Sequence[Found], failed: set[str]) -> set[str]:
 
 
 def _good(found: Iterable[Found], stages: set[Any]) -> tuple[int, int]:
-    peaks = []
-    for each in found:
-        if each.state == "finished" and each.info.get("stage") in stages:
-            peaks.append(_peak(each.folder))
+    peaks = [_peak(f.folder) for f in found if f.state == "finished" and f.info.get("stage") in stages]
     return len(peaks), max(peaks, default=0)
 
 
@@ -107,9 +105,9 @@ def _peak(folder: Path) -> int:
 
 def mend(group: Group, words: Sequence[str]) -> tuple[str | None, str]:
     """(the command, what is to be done or known before); ``words``: the selection in which they were found."""
-    settings = [read_settings(f.folder) for f in group.runs]
     flags: list[str] = []
     note = ""
+    settings = _settings(group) if group.kind != why.BUG else []
     match group.kind:
         case why.BUG:
             places = Counter(str(c.where["place"]) for c in group.causes if c.where.get("place"))
@@ -135,6 +133,15 @@ def mend(group: Group, words: Sequence[str]) -> tuple[str | None, str]:
         case why.UNKNOWN | why.GAVE_UP:
             note = f"python launcher.py logs {group.runs[0].identity[:8]} says more; then"
     return shlex.join(["python", "launcher.py", "retry", *_selection(group, words), *flags]), note
+
+
+def _settings(group: Group) -> list[Settings]:
+    """Of the runs; once for all that differ in their seed only."""
+    different: dict[str, Path] = {}
+    for each in group.runs:
+        text = (each.folder / rundir.CONFIG).read_text()
+        different.setdefault(re.sub(r"^seed: \d+$", "", text, flags=re.MULTILINE), each.folder)
+    return [read_settings(folder) for folder in different.values()]
 
 
 def _selection(group: Group, words: Sequence[str]) -> list[str]:

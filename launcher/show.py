@@ -198,7 +198,8 @@ def causes(out: Console, found: Sequence[mending.Group], words: Sequence[str]) -
     for what, line in mending.lines(found, words):
         if what == "cause":
             kind, _, rest = plain(line).partition("  ")
-            out.print(Text(kind, style="red").append(f"  {rest}", style="default"), overflow="ellipsis", no_wrap=True)
+            shown = Text(kind, style="red").append(f"  {rest}", style="default")
+            out.print(shown, overflow="ellipsis", no_wrap=True, soft_wrap=False)
         else:
             out.print({"runs": "  ", "mend": "  -> "}.get(what, "") + plain(line))
 

@@ -58,11 +58,11 @@ WORKER = {
     HOST_OOM: r"(?<!CUDA )(?<!Python )oom[-_]kill|Out of memory: Kill|\bMemoryError\b|_ArrayMemoryError|"
     r"DataLoader worker .*killed by signal: Killed|[Cc]an'?(not|t) allocate memory|not enough memory: you tried|"
     r"std::bad_alloc|insufficient shared memory|killed by signal: Bus error|out of shared memory|"
-    r"</torch_\w+>.*No space left|unable to open shared memory",
+    r"</torch_\w+>.*No space left|unable to open shared memory|No space left on device: '/(psm_|pym-|torch_|dev/shm)",
     DISK: r"No space left on device|[Dd]isk quota exceeded|\[Errno (28|122)\]|PytorchStreamWriter failed writing|"
     r"inline_container\.cc.*unexpected pos",
 }
-SHM = re.compile(r"shared memory|Bus error|</torch_\w+>|\(shm\)")
+SHM = re.compile(r"shared memory|Bus error|</torch_\w+>|\(shm\)|No space left")
 MISSING = re.compile(
     r"no such folder|needs data_path|has no folder|folders? (are missing|without pictures)|no pictures in|"
     r"cannot be read|: no file |model_path=.*no such file|"
@@ -78,7 +78,10 @@ TALK = re.compile(  # what the others say when one rank is gone
     r"Broken pipe|Rendezvous|Socket Timeout|monitoredBarrier"
 )
 BYSTANDERS = ("ChildFailedError", "SignalException", "KeyboardInterrupt")  # torchrun's own words
-DIED = re.compile(r"srun: error: .*: (Killed|Terminated|Bus error|Segmentation fault|Aborted)|Exited by signal \d+")
+DIED = re.compile(
+    r"srun: error: .*: (Killed|Terminated|Bus error|Segmentation fault|Aborted)|Exited by signal \d+|"
+    r"Exited with exit code 1(3\d|4[0-3])\b"  # 128 + the signal
+)
 
 
 # -- text to cause -----------------------------------------------------------------------------------------------------
@@ -264,6 +267,8 @@ def _tracebacks(log: str) -> tuple[list[Traceback], list[Traceback]]:
     ended: list[Traceback] = []
     ignored = False
     for line in log.splitlines():
+        if not open_ones and "Traceback" not in line and not line.startswith("Exception ignored in"):
+            continue  # nearly all
         prefix = re.match(r"\[(?:rank|default)(\d+)\]:\s?", line)
         stream, text = (prefix[1], line[prefix.end() :]) if prefix else ("", line)
         if "Traceback (most recent call last)" in text:
@@ -362,15 +367,17 @@ def of_run(folder: Path, output_dir: Path) -> Cause | None:
 
 
 def _on(found: Cause, folder: Path, start: Mapping[str, Any]) -> Cause:
-    """With the node that the rank in question ran on."""
-    nodes = [r for r in (rundir.last_record(p) for p in sorted(folder.glob("attempts.*.jsonl"))) if r]
-    node = str(start.get("host") or "").partition("/")[0]
-    if "rank" in found.where and len(nodes) > 1:
-        with contextlib.suppress(rundir.RunDirError, IndexError, ZeroDivisionError):
-            each = int(rundir.read_run(folder).get("processes") or 0) // len(nodes)
-            node = str(nodes[int(found.where["rank"]) // each].get("host")).partition("/")[0]
-        return replace(found, where={**found.where, "node": node})
-    return found if "node" in found.where or not node else replace(found, where={**found.where, "node": node})
+    """With the node that the rank in question ran on; of several nodes and no rank, none."""
+    if "node" in found.where:
+        return found
+    last = [rundir.last_record(path) or {} for path in sorted(folder.glob("attempts.*.jsonl"))]
+    hosts = [str(record.get("host") or "").partition("/")[0] for record in last]
+    host: str | None = str(start.get("host") or "").partition("/")[0]
+    if len(hosts) > 1:
+        host = None
+        with contextlib.suppress(rundir.RunDirError, LookupError, ArithmeticError):
+            host = hosts[int(found.where["rank"]) * len(hosts) // int(rundir.read_run(folder)["processes"])]
+    return replace(found, where={**found.where, "node": host}) if host else found
 
 
 def _data_path(folder: Path) -> str | None:

@@ -154,6 +154,8 @@ class _Session:
         for run in list(self.waiting):
             if len(self.active) >= self.submission.slots:
                 return
+            if run not in self.waiting:  # held with another
+                continue
             match self._parents(run):
                 case "finished":
                     self.waiting.remove(run)

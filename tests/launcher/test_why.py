@@ -11,7 +11,7 @@ import yaml
 import contract.settings
 from contract import rundir
 from contract.settings.checks import SettingsError
-from launcher import mending, rundirs, why
+from launcher import job_logs, mending, rundirs, why
 from tests.house import build
 
 TEXTS = sorted((Path(__file__).parent / "why").glob("*.txt"))
@@ -89,6 +89,45 @@ def test_mixed_lines_of_two_ranks_have_the_mark_of_one():
 def test_whatever_a_log_holds_there_is_an_answer(text):
     for record in (None, {}, {"cause": "failed"}, {"cause": "killed", "signal": 99}, {"event": "start", "job": "1_2"}):
         assert why.of_text(text, record, text).said.isprintable()
+
+
+def run_of_two_nodes(folder, job, log, end):
+    """Four processes on two nodes, ended so; and where Slurm keeps what it says of that job."""
+    folder.mkdir(parents=True)
+    run = {"schema": 1, "identity": folder.name, "group": "g", "worker": "main_lmim", "seed": 0, "processes": 4}
+    rundir.write_json(folder / rundir.RUN, run)
+    (folder / rundir.LOG).write_text("of an older attempt: CUDA out of memory\n" + log)
+    for node, host in enumerate(("alpha", "beta")):
+        records = [{"event": "start", "attempt": "a", "job": job, "host": f"{host}/pid:[1]", "log": 40}]
+        records += [{**end, "event": "end", "attempt": "a", "host": f"{host}/pid:[1]"}] if end else []
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        rundir.attempts_file(folder, node).write_text(lines)
+    logs = folder.parent.parent / "submissions" / "x" / "logs"
+    logs.mkdir(parents=True)
+    rundir.write_json(logs.parent / "manifest.json", {"runs": []})
+    return logs / f"{job}_0_log.out"
+
+
+def test_the_node_of_the_missing_rank_is_named_and_older_attempts_are_passed_over(tmp_path):
+    folder = tmp_path / "main_lmim" / "0123456789ab"
+    _, log, _ = read(next(path for path in TEXTS if path.stem == "nccl_a_rank_is_silent"))
+    run_of_two_nodes(folder, "7_3", log, {"cause": "failed", "exit": 1})
+    found = why.of_run(folder, tmp_path)
+    assert (found.kind, found.where["rank"], found.where["node"]) == (why.NCCL, 3, "beta")
+
+
+@pytest.mark.parametrize("end", [None, {"cause": "killed", "exit": 0, "signal": 9}])
+def test_the_scheduler_is_believed_for_its_own_attempt_only(tmp_path, end):
+    folder = tmp_path / "main_lmim" / "0123456789ab"
+    job_log = run_of_two_nodes(folder, "7_3", "step 5\n", end)
+    oom, limit = "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n", "*** JOB 7 DUE TO TIME LIMIT ***\n"
+    told = job_logs.MARKER.format(attempt="a", identity=folder.name) + "\n"
+    job_log.write_text("attempt b of 0123456789ab\n" + oom + told + limit + "attempt a of ffffffffffff\n" + oom)
+    assert why.of_run(folder, tmp_path).kind == why.TIME
+    job_log.write_text(told + oom)
+    assert why.of_run(folder, tmp_path).kind == why.HOST_OOM
+    job_log.write_text(told)
+    assert why.of_run(folder, tmp_path).kind == (why.KILLED if end else why.NODE)
 
 
 # -- real processes ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A sweep that nobody watches, on the stand-in for LSF: a canary first, a breaker behind it, several runs in one job."""
+"""A sweep that nobody watches, on the stand-in for LSF: a canary first, a breaker behind it, runs that share a job."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_two_terminals_watch_with_one_call(house, lsf, tmp_path):
 
 
 def test_several_runs_in_one_job_each_with_its_own_end(house, lsf):
-    words = [*LSF, "seed=range(5)", "then=[main_knn]", "epochs=12", "env.pack=3", "env.mem_gb=2", "-q"]
+    words = [*LSF, "seed=range(5)", "then=[main_knn]", "epochs=25", "env.pack=3", "env.mem_gb=2", "-q"]
     house.run(*words, FAKE_STEP_S="0.2", FAKE_FAIL="1")
     first = (house.out / "submissions").glob("*/0.bsub")
     text = next(first).read_text()
@@ -83,5 +83,5 @@ def test_several_runs_in_one_job_each_with_its_own_end(house, lsf):
     odd = [s for s in house.states(code=100) if s[2] != "finished"]
     assert odd == [("knn", 1, "blocked"), ("lmim", 1, "failed")]
     mains = [f for f in house.runs() if f.parent.name == "main_lmim"]
-    assert {tuple(house.causes(f)) for f in mains} == {("stopped", "finished"), ("failed",)}
-    assert all(house.steps(f) == [*range(1, 13)] for f in mains if len(house.causes(f)) == 2)
+    assert {("stopped", "finished"), ("failed",)} <= {tuple(house.causes(f)) for f in mains}
+    assert all(house.steps(f) == [*range(1, 26)] for f in mains if len(house.causes(f)) == 2)

@@ -93,7 +93,7 @@ def test_two_terminals_watch_with_one_call(house, cluster, tmp_path):
 
 
 def test_several_runs_in_one_job_each_with_its_own_end(house, cluster):
-    words = [*WORDS, "seed=range(5)", "then=[main_knn]", "epochs=12", "env.pack=3", "main_knn.env.pack=3", "-q"]
+    words = [*WORDS, "seed=range(5)", "then=[main_knn]", "epochs=25", "env.pack=3", "main_knn.env.pack=3", "-q"]
     house.run(*words, FAKE_STEP_S="0.2", FAKE_FAIL="1")
     sent = [path.read_text() for path in sorted(house.out.glob("submissions/*/*.sbatch"))]
     assert all("--array=0-1\n" in text and "--cpus-per-task=3\n" in text for text in sent)
@@ -104,5 +104,5 @@ def test_several_runs_in_one_job_each_with_its_own_end(house, cluster):
     odd = [s for s in house.states(code=100) if s[2] != "finished"]
     assert odd == [("knn", 1, "blocked"), ("lmim", 1, "failed")]
     mains = [f for f in house.runs() if f.parent.name == "main_lmim"]
-    assert {tuple(house.causes(f)) for f in mains} == {("stopped", "finished"), ("failed",)}
-    assert all(house.steps(f) == [*range(1, 13)] for f in mains if len(house.causes(f)) == 2)
+    assert {("stopped", "finished"), ("failed",)} <= {tuple(house.causes(f)) for f in mains}
+    assert all(house.steps(f) == [*range(1, 26)] for f in mains if len(house.causes(f)) == 2)
