@@ -39,8 +39,8 @@ TOO_LATE = "it ended before it could be interrupted; --steps N makes it longer"
 
 
 def drill(found: Plan, args: argparse.Namespace) -> int:
-    """Of the first run of a plan. Gives the exit code."""
-    first = found.runs[0]
+    """Of the first run of a plan that trains by itself. Gives the exit code."""
+    first = next((run for run in found.runs if _trains(run) and not run.parents), found.runs[0])
     _check(first)
     name = re.sub(r"[^\w.-]+", "-", first.name).strip("-.") or "run"
     folder = found.output_dir / "drills" / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
@@ -70,13 +70,15 @@ def drill(found: Plan, args: argparse.Namespace) -> int:
     return SAME if good else NOT_SAME
 
 
+def _trains(run: Run) -> bool:
+    return isinstance(run.settings, Training) and run.settings.epochs > 0
+
+
 def _check(run: Run) -> None:
     """Raises SettingsError or Unavailable before anything is written."""
     settings = run.settings
-    if not isinstance(settings, Training):
+    if not _trains(run):
         raise SettingsError(f"worker={settings.worker}: has no training to interrupt; for instance worker=main_lmim")
-    if not settings.epochs:
-        raise SettingsError("epochs=0: there is no step to interrupt")
     if settings.env.scheduler == "local" and settings.env.nodes > 1:
         raise SettingsError("env.nodes: this is one machine; env.slurm=True or env.lsf=True asks for more")
     check_data([run])
