@@ -10,20 +10,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import dataclasses
-import filecmp
-import itertools
 import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -31,21 +27,20 @@ from rich.table import Table
 from contract import rundir
 from contract.settings import Training
 from contract.settings.checks import SettingsError
-from launcher import NotQueued, backends, capsule, queues, rundirs, show
-from launcher.backends import local
+from launcher import NotQueued, backends, capsule, curves, rundirs, show
 from launcher.identity import find_encoder, takes_encoder
-from launcher.plan import Plan, Run, build, check_data, visible_gpus
+from launcher.places import KILL, WARNING, Here, InQueue, Place
+from launcher.plan import Plan, Run, build, check_data
 from launcher.rundirs import Submission
 
 STEPS = 20
-FOUND, NOT_FOUND = 0, 100  # exit codes: that nothing is lost
-WARNING, KILL = "USR2", "KILL"
+SAME, NOT_SAME = 0, 100  # exit codes
 TOO_LATE = "it ended before it could be interrupted; --steps N makes it longer"
 
 
 def drill(found: Plan, args: argparse.Namespace) -> int:
-    """Of the first run of a plan. Gives the exit code."""
-    first = found.runs[0]
+    """Of the first run of a plan that trains by itself. Gives the exit code."""
+    first = next((run for run in found.runs if _trains(run) and not run.parents), found.runs[0])
     _check(first)
     name = re.sub(r"[^\w.-]+", "-", first.name).strip("-.") or "run"
     folder = found.output_dir / "drills" / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
@@ -72,103 +67,22 @@ def drill(found: Plan, args: argparse.Namespace) -> int:
             folder.parent.rmdir()
     else:
         print(f"kept: {folder}", file=sys.stderr)
-    return FOUND if good else NOT_FOUND
+    return SAME if good else NOT_SAME
+
+
+def _trains(run: Run) -> bool:
+    return isinstance(run.settings, Training) and run.settings.epochs > 0
 
 
 def _check(run: Run) -> None:
     """Raises SettingsError or Unavailable before anything is written."""
     settings = run.settings
-    if not isinstance(settings, Training):
+    if not _trains(run):
         raise SettingsError(f"worker={settings.worker}: has no training to interrupt; for instance worker=main_lmim")
     if settings.env.scheduler == "local" and settings.env.nodes > 1:
         raise SettingsError("env.nodes: this is one machine; env.slurm=True or env.lsf=True asks for more")
     check_data([run])
     backends.load(settings.env.scheduler).ready()
-
-
-# -- where a run is started and signalled -----------------------------------------------------------------------------
-
-
-class Place(Protocol):
-    enough_s: float  # how long a training must take to be met in the middle
-    look_s: float  # between two looks at its files
-    late_s: float  # how much later than its end a file may be seen
-    queues_again: bool  # what was warned, saved and left
-
-    def start(self) -> None: ...
-    def alive(self) -> bool:
-        """Whether the run goes on, or will, without anything being done."""
-
-    def signal(self, name: str) -> None:
-        """As the scheduler does: to every process of the job."""
-
-    def stop(self) -> None: ...
-
-
-class Here:
-    """A supervisor, started as the launcher starts one."""
-
-    enough_s, look_s, late_s, queues_again = 3.0, 0.02, 0.0, False
-
-    def __init__(self, submission: Submission, plan: Plan, commit: str | None):
-        rundirs.write(submission, plan, commit)
-        self.submission = submission
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        (run,) = self.submission.runs
-        gpus = visible_gpus()[: run.settings.env.ngpu or 0]
-        self.process = local.begin(run.folder, self.submission.capsule, gpus, subprocess.DEVNULL)
-
-    def alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def signal(self, name: str) -> None:
-        if self.process is not None and self.alive():
-            local.Backend().signal([str(self.process.pid)], name)
-            if name == KILL:
-                self.process.wait()
-
-    def stop(self) -> None:
-        self.signal(KILL)
-
-
-class InQueue:
-    """A job of a scheduler, sent as any other."""
-
-    enough_s, look_s, late_s, queues_again = 30.0, 0.2, 20.0, True
-    ask_s = 3.0  # between two questions to the scheduler
-
-    def __init__(self, submission: Submission, plan: Plan, commit: str | None):
-        self.submission, self.plan, self.commit = submission, plan, commit
-        (self.run,) = submission.runs
-        self.backend = backends.load(self.run.settings.env.scheduler)
-        self.asked, self.job = 0.0, ""
-
-    def start(self) -> None:
-        output_dir = self.submission.output_dir
-        sent = dataclasses.replace(self.submission, folder=rundirs.new_folder(output_dir, self.submission.name))
-        rundirs.write(sent, self.plan, self.commit)
-        queues.send(sent, self.backend, show.Watch(1, quiet=True))
-        self.asked = 0.0
-
-    def alive(self) -> bool:
-        """What the queue said some seconds ago will do."""
-        if time.monotonic() - self.asked > self.ask_s:
-            queued = self.backend.query(self.submission.output_dir).get(self.run.identity)
-            self.job, self.asked = queued.job if queued else "", time.monotonic()
-        return bool(self.job)
-
-    def signal(self, name: str) -> None:
-        self.asked = 0.0
-        if self.alive():
-            self.backend.signal([self.job], name)
-            self.asked = 0.0
-
-    def stop(self) -> None:
-        self.asked = 0.0
-        if self.alive():
-            self.backend.cancel([self.job])
 
 
 # -- a run, and what is done to it ------------------------------------------------------------------------------------
@@ -297,7 +211,7 @@ class Trials:
 
     @property
     def steps(self) -> int:
-        return self.calm.run.settings.smoke or 0
+        return _step(self.calm)
 
     def all(self, steps: int | None) -> list[Trial]:
         """Those that were disturbed; none where the undisturbed run did not finish."""
@@ -359,7 +273,7 @@ class Trials:
         settings, output_dir = copy.deepcopy(self.first.settings), self.folder / name
         assert isinstance(settings, Training)
         settings.output_dir, settings.smoke, settings.log_every = str(output_dir), steps, 1
-        settings.then, settings.env.max_parallel = [], 1
+        settings.then, settings.env.max_parallel, settings.env.pack = [], 1, 1
         if minutes is not None:
             settings.checkpoint_minutes = min(settings.checkpoint_minutes, minutes)
         source = None
@@ -415,8 +329,8 @@ class Result:
     def of(cls, trial: Trial, calm: Trial, tolerance: float) -> Result:
         if trial.trouble:
             return cls(trial, {}, "", "", False)
-        worst, first = compare(_written(calm.folder), _written(trial.folder))
-        encoder = _encoders(trial.folder / rundir.ENCODER, calm.folder / rundir.ENCODER)
+        worst, first = curves.compare(curves.written(calm.folder), curves.written(trial.folder))
+        encoder = curves.encoders(trial.folder / rundir.ENCODER, calm.folder / rundir.ENCODER)
         good = max(worst.values(), default=0.0) <= tolerance and (encoder != "differs" or tolerance > 0)
         return cls(trial, worst, first, encoder, good)
 
@@ -428,50 +342,6 @@ class Result:
             return "byte-identical"
         metric = max(self.worst, key=lambda name: self.worst[name])
         return f"differs by {self.worst[metric]:.2g} in {metric}"
-
-
-def _written(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of its journal, and the metrics at the end, without the times; each with its name."""
-    lines, _ = rundir.read_journal(folder / rundir.METRICS)
-    named = [(f"{rundir.METRICS}:{number}", line) for number, line in enumerate(lines, 1)]
-    done = rundir.read_json(folder / rundir.DONE)
-    named.append((rundir.DONE, {"step": done.get("steps"), **(done.get("metrics") or {})}))
-    return [(name, {key: value for key, value in line.items() if key != "time"}) for name, line in named]
-
-
-def compare(
-    calm: list[tuple[str, dict[str, Any]]], other: list[tuple[str, dict[str, Any]]]
-) -> tuple[dict[str, float], str]:
-    """(the largest relative difference of every metric that differs, what differs first). A line or a metric that only
-    one of them has, or another step, is an infinite difference."""
-    worst: dict[str, float] = {}
-    first = ""
-    for here, there in itertools.zip_longest(calm, other):
-        name = (here or there)[0]
-        one, two = (each[1] if each else {} for each in (here, there))
-        for key in {**one, **two}:
-            if (distance := _distance(key, one.get(key), two.get(key))) > 0:
-                worst[key] = max(worst.get(key, 0.0), distance)
-                place = f"{name}, step {one.get('step', two.get('step'))}"
-                first = first or f"{place}: {key} {one.get(key)} undisturbed, {two.get(key)} here"
-    return worst, first
-
-
-def _distance(key: str, one: Any, two: Any) -> float:
-    if one == two:
-        return 0.0
-    if key in ("step", "of") or not all(isinstance(each, (int, float)) for each in (one, two)):
-        return math.inf
-    return float(abs(one - two) / max(abs(one), abs(two)))
-
-
-def _encoders(one: Path, two: Path) -> str:
-    """Equal tensors are saved as equal bytes."""
-    if one.exists() != two.exists():
-        return "differs"
-    if not one.exists():
-        return "none"
-    return "same" if filecmp.cmp(one, two, shallow=False) else "differs"
 
 
 # -- showing ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Attempts that hang, on real workers: noticed, asked where they are, ended, and gone on with."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -80,6 +82,39 @@ def test_a_long_evaluation_lives_and_what_hung_ends_with_the_same_bytes(real):
     assert (folder / "encoder.pt").read_bytes() == (calm / "encoder.pt").read_bytes()
     curves = [rundir.read_journal(run / rundir.METRICS)[0] for run in (folder, calm)]
     assert [{**line, "time": 0} for line in curves[0]] == [{**line, "time": 0} for line in curves[1]]
+
+
+SLEEPER = """
+import os, sys, time
+from pathlib import Path
+from contract import rundir
+rundir.beat_file(Path(sys.argv[1]), os.environ["SIGHTLINE_ATTEMPT"]).touch()
+time.sleep(3600)
+"""
+
+
+def test_in_a_queue_it_is_queued_again_and_gives_up_where_it_hangs_at_the_same_step(house):
+    edit(house.root / "contract" / "rundir.py", "HEARTBEAT_S = 5.0", "HEARTBEAT_S = 0.2")
+    (house.root / "workers" / "main_lmim.py").write_text(SLEEPER)
+    house.run("worker=main_lmim", "env.stall_min=0.01", "env.max_requeue=1", "-q", code=101)
+    (folder,) = house.runs()
+    manifest = house.out / "submissions" / "x" / "0.json"
+    manifest.parent.mkdir(parents=True)
+    rundir.write_json(
+        manifest, {"scheduler": "slurm", "runs": {"0": [{"identity": "x", "dir": f"main_lmim/{folder.name}"}]}}
+    )
+    job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_END_TIME": "9e9"}
+    codes = []
+    for again in "12":
+        env = house.environ(**job, PATH="/nowhere", SLURM_RESTART_COUNT=again)
+        command = [sys.executable, "-m", "launcher.supervisor", "--manifest", str(manifest)]
+        done = subprocess.run(command, cwd=house.root, env=env, text=True, capture_output=True, timeout=60, check=False)
+        codes.append(
+            (done.returncode, "scontrol" in done.stderr)
+        )  # it asked to be queued again; there is no queue here
+    assert codes == [(75, True), (1, False)]
+    assert house.causes(folder) == ["stalled", "stalled", "gave up"]
+    assert (folder / rundir.LOG).read_text().count("rank 0: no answer") == 2
 
 
 def test_the_main_thread_is_the_last_one_with_our_code(tmp_path):

@@ -291,7 +291,7 @@ def test_two_hosts_of_two_processes(house, lsf):
 
 
 def test_a_drill_preempts_by_lsfs_own_signals(house, lsf):
-    said = json.loads(house.run("drill", *LSF, "epochs=90", "--steps", "50", "--json", FAKE_SAVE="9", **SLOW).stdout)
+    said = json.loads(house.run("drill", *LSF, "epochs=90", "--steps", "40", "--json", FAKE_SAVE="9", **SLOW).stdout)
     warned, killed = said["runs"]
     assert (said["scheduler"], said["equal"]) == ("lsf", True)
     assert (warned["attempts"], warned["identical"]) == (2, True)
@@ -304,6 +304,6 @@ def test_a_drill_preempts_by_lsfs_own_signals(house, lsf):
 
 @pytest.mark.slow
 def test_a_drill_on_lsf_catches_a_worker_that_forgets(house, lsf):
-    done = house.run("drill", *LSF, "epochs=90", "--steps", "50", code=100, FAKE_FORGETS="1", **SLOW)
+    done = house.run("drill", *LSF, "epochs=90", "--steps", "40", code=100, FAKE_FORGETS="1", **SLOW)
     assert "differs by" in done.stdout
     assert "train/sum" in done.stdout
