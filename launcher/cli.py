@@ -34,13 +34,16 @@ SELECTION: names of studies, sweeps or workers, beginnings of identities; narrow
 
 EXITS = """\
 exit codes: 0 done; 1 internal error; 2 wrong usage or configuration, nothing was started; 3 scheduler unreachable;
-4 refused; 100 some runs failed, 101 not finished, 102 not found, 103 cancelled; 130 Ctrl-C
+4 refused; 100 some runs failed, or repro made other numbers, 101 not finished, 102 not found, 103 cancelled; 130 Ctrl-C
 """
 
 VERBS = {
     "plan": "what a study or launch has, and what is missing: reuse, stale, queued, new, failed",
     "fill": "run what a study or launch is missing",
     "table": "print the table of a study, complete or not; other flags go to analysis.tables",
+    "report": "a study as one HTML page: tables, curves, pictures, failures, cost, provenance",
+    "diff": "what is not the same in two runs: config, code, data, environment, results",
+    "repro": "a run again, from its own code and settings, in a folder of its own: the same numbers?",
     "import": "results from before (CSV, MLflow, checkpoints) as finished runs of a study",
     "status": "how the runs get on",
     "logs": "the log of one run",
@@ -50,6 +53,7 @@ VERBS = {
     "ui": "MLflow's page on this machine, after an ingest",
     "doctor": "check the installation, the data paths, the disk, the store; says how to mend it",
 }
+SELECTING = ("status", "logs", "cancel", "retry", "diff", "repro")
 
 
 def parser(verb: str | None) -> argparse.ArgumentParser:
@@ -96,6 +100,17 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
         flag("--percent", action="store_true", help="the figures are per cent, the metrics fractions")
     if verb == "logs":
         flag("-f", "--follow", action="store_true", help="go on until the run ends")
+    if verb == "repro":
+        flag("--steps", type=int, default=50, metavar="N", help="compare the first N steps (50)")
+        flag("--tolerance", type=float, default=0.0, metavar="X", help="relative difference that is accepted (0)")
+        flag("--data-path", metavar="FOLDER", help="where the data is now")
+        flag("--into", metavar="FOLDER", help="a new folder to run in; OUTPUT_DIR/repro/...")
+        flag("--keep", action="store_true", help="keep that folder also where the numbers are the same")
+        flag("-q", "--quiet", action="store_true", help="no progress")
+    if verb == "diff":
+        flag("--code", action="store_true", help="with the lines that differ, from the capsules")
+    if verb in ("repro", "diff"):
+        flag("--json", action="store_true", help="one JSON object")
     if verb == "ui":
         flag("--port", type=int, default=5000)
         flag("--store", metavar="URI", help="another store than OUTPUT_DIR/mlflow.db")
@@ -115,8 +130,14 @@ def _usage(verb: str | None) -> str:
             return "STUDY [KEY=VALUE...] --csv FILE | --mlflow URI ... | --checkpoint FILE ..."
         case "table":
             return "STUDY [KEY=VALUE...] [--format md|latex|csv|html|term ...]"
+        case "report":
+            return "STUDY [KEY=VALUE...] [--output FILE.html]"
         case "logs":
             return "RUN [-f]"
+        case "diff":
+            return "RUN RUN [--code] [--json]"
+        case "repro":
+            return "RUN [options]"
         case "ingest" | "ui" | "doctor":
             return "[output_dir=DIR] [options]"
         case _:
@@ -126,7 +147,7 @@ def _usage(verb: str | None) -> str:
 def _epilog(verb: str | None) -> str:
     if verb is None:
         return "verbs:\n" + "".join(f"  {name:8} {what}\n" for name, what in VERBS.items()) + "\n" + EXITS
-    return (SELECTION if verb in ("status", "logs", "cancel", "retry") else "") + EXITS
+    return (SELECTION if verb in SELECTING else "") + EXITS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{verb}: no such verb; choose one of {', '.join(VERBS)}, or launch with key=value", file=sys.stderr)
         sys.exit(2)
     reader = parser(verb)
-    if verb in ("table", "ingest") and not {"-h", "--help"} & set(words):
+    if verb in ("table", "report", "ingest") and not {"-h", "--help"} & set(words):
         flags = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
         args = reader.parse_args(words[:flags])
         args.rest = words[flags:]  # analysis reads these

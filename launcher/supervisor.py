@@ -28,6 +28,7 @@ import contract.settings
 from contract import rundir
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
+from launcher import environment as surroundings
 from launcher.processes import kill_tree
 
 if TYPE_CHECKING:
@@ -158,7 +159,9 @@ class Supervisor:
         record = {"attempt": owner.attempt, "host": rundir.this_host(), "job": job}
         with (self.folder / rundir.LOG).open("ab", buffering=0) as log:
             child = self._start(settings, owner.attempt, log)
-            journal.append({"event": "start", **record, "time": time.time(), "pid": os.getpid(), "step": self._step()})
+            started_in = surroundings.keep(self.folder, surroundings_of(settings, self.job))
+            about = {"time": time.time(), "pid": os.getpid(), "step": self._step(), "environment": started_in}
+            journal.append({"event": "start", **record, **about})
             try:
                 cause = self._watch(child, owner, settings.env.grace_s)
             finally:
@@ -250,11 +253,7 @@ def command(settings: Settings, folder: Path, job: Job | None = None) -> list[st
 def environment(
     settings: Settings, capsule: Path, attempt: str, job: Job | None = None, in_queue: bool = False
 ) -> dict[str, str]:
-    env = settings.env
-    side_by_side = (env.max_parallel or 1) if job is None else 1
-    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if job else 0
-    cores = cores or len(os.sched_getaffinity(0))
-    threads = env.threads or max(1, cores // (env.processes_per_node * side_by_side))
+    env, threads = settings.env, threads_each(settings, job)
     # torchrun, too, must not die of the scheduler's TERM, which everything below it ignores.
     torchrun = {"PET_SIGNALS_TO_HANDLE": "SIGQUIT", "PET_SHUTDOWN_TIMEOUT": "5"} if in_queue else {}
     found = torchrun | {
@@ -266,6 +265,20 @@ def environment(
         "MKL_NUM_THREADS": str(threads),
     }
     return found | ({"CUDA_VISIBLE_DEVICES": ""} if env.ngpu == 0 else {})
+
+
+def threads_each(settings: Settings, job: Job | None = None) -> int:
+    """As said, else the cores shared out."""
+    env = settings.env
+    side_by_side = (env.max_parallel or 1) if job is None else 1
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if job else 0
+    return env.threads or max(1, (cores or len(os.sched_getaffinity(0))) // (env.processes_per_node * side_by_side))
+
+
+def surroundings_of(settings: Settings, job: Job | None = None) -> dict[str, Any]:
+    """What a run of these settings would have around it here."""
+    env = settings.env
+    return surroundings.here(threads_each(settings, job), env.processes, env.workers, env.ngpu != 0, env.container)
 
 
 def read_settings(folder: Path) -> Settings:
