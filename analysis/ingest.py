@@ -67,7 +67,7 @@ def ingest(folders: Sequence[Path], store: Store, tell: Tell = to_stderr) -> Cou
             count.left_out += 1
             tell(f"{error}; the run is left out")
     if found:
-        with store.alone(), sender(store, len(found)) as send:
+        with store.alone(), sender(store) as send:
             one_pass = _Pass(store.open(), store, send, studies.parts(store.output_dir, tell), count, tell)
             generation = _generations(found)
             order = sorted(found, key=lambda run: (generation[run.identity], run.key))

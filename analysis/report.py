@@ -21,6 +21,7 @@ import jinja2
 from analysis import drawings, frame, receipts, studies, tables
 from analysis.cells import Cell, Table
 from analysis.receipts import Attempt, Entry, Ledger
+from analysis.render import Grid
 from contract import rundir
 from contract.cost import Cost
 from contract.settings.checks import SettingsError
@@ -38,12 +39,13 @@ def build(table: Table, pictures: bool = True) -> str:
     entries = ledger.of_table(table)
     states = _states(table, entries)
     spent = receipts.records(table, ledger)
+    grid = tables.grid(table)
     context = {
         "table": table,
         "made": time.strftime("%Y-%m-%d %H:%M %Z"),
         "facts": _facts(table, entries, states, spent[-1]),
-        "grid": _grid(table),
-        "notes": tables.grid(table).notes,
+        "grid": _grid(table, grid),
+        "notes": grid.notes,
         "cells": [_behind(table, cell, ledger) for cell in table.cells.values()],
         "figures": drawings.figures_as_svg(table) if pictures else [],
         "sheet": drawings.thumbnails(table) if pictures else [],
@@ -87,9 +89,9 @@ def _facts(
     ]
 
 
-def _grid(table: Table) -> list[dict[str, Any]]:
+def _grid(table: Table, grid: Grid) -> list[dict[str, Any]]:
     """The table by groups: rows of cells, each with what it is sorted by and the place of its details."""
-    shown = iter(tables.grid(table).rows)
+    shown = iter(grid.rows)
     numbers = {key: f"cell-{i}" for i, key in enumerate(table.cells)}
     groups = []
     for name, rows in table.groups():

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as Stored
     from mlflow.tracking import MlflowClient
 
-MANY = 100  # runs: below, starting processes takes longer than it saves
+MANY = 100  # new runs: below, starting processes takes longer than it saves
 MOST = 4  # processes: a database takes no more at once
 GARBAGE = 20  # runs between two collections: MLflow makes a million objects, all in circles
 
@@ -54,21 +54,25 @@ Send = Callable[["MlflowClient", Sequence[Job]], Iterator[Done]]
 
 
 @contextlib.contextmanager
-def sender(store: Store, runs: int) -> Iterator[Send]:
-    """What takes jobs and gives what became of them, in order. Raises StoreError."""
+def sender(store: Store) -> Iterator[Send]:
+    """What takes jobs and gives what became of them, in order. Raises StoreError. Processes start when they are needed
+    for the first time."""
     processes = min(MOST, len(os.sched_getaffinity(0)))
-    if runs < MANY or processes == 1:
-        yield _here
-        return
-    # Started afresh, not forked: a copy of a process that has used MLflow would share its connections.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _begin, (store, os.getpid()))
-    try:
-        for _ in range(processes):
-            pool.submit(os.getpid)  # they start, and import MLflow while we do
-        yield lambda _, jobs: _there(pool, store, jobs)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with contextlib.ExitStack() as stack:
+        pool: ProcessPoolExecutor | None = None
+
+        def send(client: MlflowClient, jobs: Sequence[Job]) -> Iterator[Done]:
+            nonlocal pool
+            if processes == 1 or sum(job.stored is None for job in jobs) < MANY:
+                return _here(client, jobs)
+            if pool is None:
+                # Started afresh, not forked: a copy of a process that has used MLflow would share its connections.
+                context = multiprocessing.get_context("spawn")
+                pool = ProcessPoolExecutor(processes, context, _begin, (store, os.getpid()))
+                stack.callback(pool.shutdown, cancel_futures=True)
+            return _there(pool, store, jobs)
+
+        yield send
 
 
 def _here(client: MlflowClient, jobs: Sequence[Job]) -> Iterator[Done]:
