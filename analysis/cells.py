@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,13 @@ class Table:
 
     def comparisons(self, column: Column) -> list[stats.Comparison]:
         """The leading row against the others; one comparison for each group where bold is given within groups."""
+        return self._compared[column.name]
+
+    @functools.cached_property
+    def _compared(self) -> dict[str, list[stats.Comparison]]:
+        return {column.name: self._compare(column) for column in self.columns}
+
+    def _compare(self, column: Column) -> list[stats.Comparison]:
         sets = [rows for _, rows in self.groups()] if self.layout.bold == "group" else [self.rows]
         made = [
             stats.compare({row: self.cells[row, column.name].values for row in rows}, column.better == "higher")

@@ -59,18 +59,24 @@ def ancestry(table: tables.Table) -> pd.DataFrame:
     return parts
 
 
-def curves(table: tables.Table, metrics: Sequence[str] = METRICS) -> Figure | None:
-    """A panel per stage and metric, a line per row: the mean over seeds, its band the standard deviation."""
+def panels(table: tables.Table, metrics: Sequence[str] = METRICS) -> list[tuple[str, str, pd.DataFrame]]:
+    """Each stage and metric that has a curve, with its points: row, identity, seed, step, value."""
     runs = ancestry(table)
     points = frame.curves(table.output_dir, sorted(set(runs["identity"])))
     points = runs.merge(points[points["metric"].isin(metrics)], on="identity")
-    panels = [panel for panel, each in points.groupby(["stage", "metric"], sort=False) if each["step"].nunique() > 1]
-    panels.sort(key=lambda panel: (metrics.index(panel[1]), panel[0]))
-    if not panels:
+    found = [(*panel, each) for panel, each in points.groupby(["stage", "metric"], sort=False)]
+    found = [panel for panel in found if panel[2]["step"].nunique() > 1]
+    return sorted(found, key=lambda panel: (metrics.index(panel[1]), panel[0]))
+
+
+def curves(table: tables.Table, metrics: Sequence[str] = METRICS) -> Figure | None:
+    """A panel per stage and metric, a line per row: the mean over seeds, its band the standard deviation."""
+    found = panels(table, metrics)
+    if not found:
         return None
-    figure = Figure(figsize=(4.2 * len(panels), 3.2 + 0.2 * math.ceil(len(table.rows) / 4)))
-    for axes, (stage, metric) in zip(_axes(figure, 1, len(panels)), panels, strict=True):
-        bands(axes, points[(points["stage"] == stage) & (points["metric"] == metric)], table.rows)
+    figure = Figure(figsize=(4.2 * len(found), 3.2 + 0.2 * math.ceil(len(table.rows) / 4)))
+    for axes, (stage, metric, points) in zip(_axes(figure, 1, len(found)), found, strict=True):
+        bands(axes, points, table.rows)
         axes.set(xlabel="step", ylabel=metric, title=stage)
     legend(figure, table.rows)
     seeds = f"{len(table.seeds)} seeds" if len(table.seeds) > 1 else "1 seed"
@@ -130,11 +136,13 @@ def dots(table: tables.Table) -> Figure | None:
 def sheet(table: tables.Table) -> Figure | None:
     """The runs' own pictures (figures/*.png), a line per table row."""
     runs = ancestry(table).sort_values(["seed", "stage"], kind="stable")
-    found = {row: _pictures(table, runs[runs["row"] == row]) for row in table.rows}
+    found = {row: pictures_of(table, runs[runs["row"] == row]) for row in table.rows}
     fit = min(WIDE, max(1, SHEET // len(table.rows)))
     if (most := max(map(len, found.values()))) > fit:
         to_stderr(f"contact sheet: the first {fit} of up to {most} pictures of each row")
-    opened = {row: [(title, each) for title, p in all_[:fit] if (each := _open(p))] for row, all_ in found.items()}
+    opened = {
+        row: [(title, each) for title, p in all_[:fit] if (each := open_picture(p))] for row, all_ in found.items()
+    }
     lines = {row: pictures for row, pictures in opened.items() if pictures}
     if not lines:
         return None
@@ -154,7 +162,7 @@ def sheet(table: tables.Table) -> Figure | None:
     return figure
 
 
-def _pictures(table: tables.Table, runs: pd.DataFrame) -> list[tuple[str, Path]]:
+def pictures_of(table: tables.Table, runs: pd.DataFrame) -> list[tuple[str, Path]]:
     return [
         (f"{stage} seed {seed}: {path.stem}", path)
         for identity, stage, seed in zip(runs["identity"], runs["stage"], runs["seed"], strict=True)
@@ -162,7 +170,7 @@ def _pictures(table: tables.Table, runs: pd.DataFrame) -> list[tuple[str, Path]]
     ]
 
 
-def _open(path: Path) -> Image.Image | None:
+def open_picture(path: Path) -> Image.Image | None:
     try:
         with Image.open(path) as picture:
             converted: Image.Image = picture.convert("RGB")

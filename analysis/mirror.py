@@ -20,7 +20,8 @@ import yaml
 
 from analysis import runs as rd
 from analysis.runs import Tell
-from contract import rundir
+from analysis.studies import Part
+from contract import cost, rundir
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as Stored
@@ -31,59 +32,69 @@ PARAMS = 100
 LOOKBACK = 256  # bytes before the offset that say whether the journal is still the same
 SENDING = "sending"
 IDENTITY, CODE, SENT, ARTIFACTS = (f"sightline.{name}" for name in ("identity", "code", "sent", "artifacts"))
+PARENT = "mlflow.parentRunId"  # MLflow's own: its pages fold an evaluation below its pretraining
 STATUS = {"finished": "FINISHED", "running": "RUNNING", "cancelled": "KILLED", "stopped": "SCHEDULED"}
 
 
 Outcome = Literal["new", "grown", "unchanged"]
+Sent = Literal["open", "all", "costed"]
+"""Of what comes at the end: nothing; all results; these and what they cost, which the supervisor writes down last."""
 
 
 class Mirror:
-    """One run directory as the store should show it."""
+    """One run directory as the store should show it. ``part``: in which tables; ``parent``: the stored run that it is
+    built upon."""
 
-    def __init__(self, run: rd.Run, tell: Tell):
-        self.run, self.tell = run, tell
+    def __init__(self, run: rd.Run, tell: Tell, part: Part | None = None, parent: str | None = None):
+        self.run, self.tell, self.parent = run, tell, parent
+        self.part = part or Part({run.study: []} if run.study else {})
         self.journal = run.folder / rundir.METRICS
         self.state = rundir.state(run.folder)
         self.final = rd.read_final(run.folder)
-        self.attempts = rundir.attempts(run.folder)
+        self.sent: Sent = "open" if self.final is None else "all" if rundir.owner_alive(run.folder) else "costed"
+        self.attempts = rundir.attempts(run.folder)  # read after its owner was seen to be gone: now they are complete
+        nodes = len(list(run.folder.glob("attempts.*.jsonl")))
+        self.cost = cost.of_records(self.attempts, run.processes, nodes)
         self.files = artifacts(run.folder)
 
-    def send(self, client: MlflowClient, experiment: str, stored: Stored | None) -> tuple[Outcome, int]:
-        """Bring the stored run up to date. Returns what that was and the number of metrics sent."""
+    def send(self, client: MlflowClient, experiment: str, stored: Stored | None) -> tuple[Outcome, int, str]:
+        """Bring the stored run up to date. Returns what that was, the number of metrics sent, and MLflow's run id."""
         outcome: Outcome = "grown" if stored else "new"
-        sent = stored.data.tags.get(SENT, "") if stored else _mark(self.journal, 0, False)
-        offset, finished = _resume(self.journal, sent)
-        if stored and stored.data.tags.get(CODE, "") != self.run.code and (finished or offset is None):
+        mark = stored.data.tags.get(SENT, "") if stored else _mark(self.journal, 0, "open")
+        offset, sent = _resume(self.journal, mark)
+        if stored and stored.data.tags.get(CODE, "") != self.run.code and (sent != "open" or offset is None):
             client.delete_run(stored.info.run_id)  # made again with other code; MLflow keeps the old one in its trash
-            stored, offset, finished, outcome = None, 0, False, "new"
-        points, end = self._points(offset, finished, _history(client, stored) if offset is None and stored else {})
-        tags = self._tags() | {SENT: _mark(self.journal, end, self.final is not None)}
+            stored, offset, sent, outcome = None, 0, "open", "new"
+        points, end = self._points(offset, sent, _history(client, stored) if offset is None and stored else {})
+        tags = self._tags()
         status = self._status()
-        if stored and not points and stored.info.status == status and tags.items() <= stored.data.tags.items():
-            return "unchanged", 0
-        params = {} if stored and sent != SENDING else self._params()
+        wanted = tags | {SENT: _mark(self.journal, end, self.sent)}
+        if stored and not points and stored.info.status == status and wanted.items() <= stored.data.tags.items():
+            return "unchanged", 0, stored.info.run_id
+        params = {} if stored and mark != SENDING else self._params()
         if stored:
             if points:
                 client.set_tag(stored.info.run_id, SENT, SENDING)
             params = {key: value for key, value in params.items() if key not in stored.data.params}
         else:
-            tags_now = {IDENTITY: self.run.identity, CODE: self.run.code, SENT: SENDING}
             name = f"{self.run.name} seed={self.run.seed}"
-            stored = client.create_run(experiment, self._start(), tags_now, name)
+            first = tags | self._note() | {SENT: SENDING}
+            first.pop(ARTIFACTS, None)  # said when they are there
+            stored = client.create_run(experiment, self._start(), first, name)
+        run_id = stored.info.run_id
         if tags.get(ARTIFACTS, "") != stored.data.tags.get(ARTIFACTS, ""):
             for path in self.files:
-                client.log_artifact(stored.info.run_id, str(path), path.parent.name)
-        _log(client, stored.info.run_id, points, params, tags)
+                client.log_artifact(run_id, str(path), path.parent.name)
+        changed = {key: value for key, value in wanted.items() if key == SENT or stored.data.tags.get(key) != value}
+        _log(client, run_id, points, params, changed)
         if status in ("RUNNING", "SCHEDULED"):
             if stored.info.status != status:
-                client.update_run(stored.info.run_id, status)
+                client.update_run(run_id, status)
         elif stored.info.status != status or points:
-            client.set_terminated(stored.info.run_id, status, self._end(points))
-        return outcome, len(points)
+            client.set_terminated(run_id, status, self._end(points))
+        return outcome, len(points), run_id
 
-    def _points(
-        self, offset: int | None, finished: bool, seen: dict[tuple[str, int], float]
-    ) -> tuple[list[rd.Point], int]:
+    def _points(self, offset: int | None, sent: Sent, seen: dict[tuple[str, int], float]) -> tuple[list[rd.Point], int]:
         """What the store lacks, and the journal's length with it. ``seen``: what it has, as far as that was asked."""
         records, end = rundir.read_journal(self.journal, offset or 0)
         found = []
@@ -91,16 +102,28 @@ class Mirror:
             if (point.key, point.step) not in seen:
                 seen[point.key, point.step] = point.value
                 found.append(point)
-        if self.final and not finished:
+        if self.final and sent == "open":
             if offset:
                 seen = {(p.key, p.step): p.value for p in map(_clean, rd.points(rundir.read_journal(self.journal)[0]))}
             last = map(_clean, self.final.points())
             found += [p for p in last if not _same(seen.get((p.key, p.step)), p.value)]
+        if self.sent == "costed" != sent:
+            found += [p for p in self._costs() if (p.key, p.step) not in seen]
         return found, end
 
+    def _costs(self) -> list[rd.Point]:
+        """What a finished run has used, as metrics at its last step: pages can sort and plot by these."""
+        assert self.final is not None
+        used = {"cost/gpu_hours": self.cost.gpu_hours, "cost/cpu_hours": self.cost.cpu_hours}
+        used["cost/peak_gpu_mb"] = self.final.peak_gpu_mb or 0.0
+        used["cost/peak_rss_mb"] = max((rd.number(a.get("peak_rss_mb")) or 0.0 for a in self.attempts), default=0.0)
+        return [rd.Point(key, self.final.steps, self.final.time, value) for key, value in used.items() if value]
+
     def _tags(self) -> dict[str, str]:
-        run = self.run
+        run, part = self.run, self.part
         listing = [(p.parent.name, p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
+        encoder = run.folder / rundir.ENCODER
+        around = [a["environment"] for a in self.attempts if a.get("environment")]
         found = {
             IDENTITY: run.identity,
             CODE: run.code,
@@ -110,12 +133,28 @@ class Mirror:
             "sightline.stage": run.stage,
             "sightline.worker": run.worker,
             "sightline.state": self.state,
-            "sightline.study": run.study,
+            "sightline.study": part.studies,
+            "sightline.row": part.named(part.rows),
+            "sightline.column": part.named(part.columns),
             **({"sightline.imported": run.imported} if run.imported else {}),
             "sightline.parents": ",".join(run.parents),
+            "sightline.encoder": encoder.resolve().as_uri() if self.final and encoder.exists() else "",
+            "sightline.environment": str(around[-1]) if around else "",
+            "sightline.hours": str(self.cost) if self.cost.hours else "",
+            "sightline.capsule": run.capsule,
             "mlflow.source.git.commit": run.commit,
+            "mlflow.source.name": f"workers/{run.worker}.py",
+            PARENT: self.parent or "",
         }
         return {key: value[:5000] for key, value in found.items() if value}
+
+    def _note(self) -> dict[str, str]:
+        """What MLflow's page says on top, in Markdown. Written once: people may go on writing there."""
+        run = self.run
+        lines = [f"{run.stage}, seed {run.seed}, run `{run.identity}` in `{run.folder}`"]
+        lines += [f"built upon `{parent}`" for parent in run.parents]
+        lines.append(f"again: `python launcher.py repro {run.identity}`")
+        return {"mlflow.note.content": "  \n".join(lines)}
 
     def _params(self) -> dict[str, str]:
         path = self.run.folder / rundir.CONFIG
@@ -155,7 +194,9 @@ def _log(
     """Everything in as few calls as MLflow allows; the tags, which say that it is done, come last."""
     from mlflow.entities import Metric, Param, RunTag
 
-    metrics = [Metric(p.key, p.value, _ms(p.time), p.step) for p in points]
+    # The newest first: MLflow then writes the newest value of a metric down once, and not once for every point.
+    newest_first = sorted(points, key=lambda p: -p.step)
+    metrics = [Metric(p.key, p.value, _ms(p.time), p.step) for p in newest_first]
     leaves = [Param(key, value) for key, value in params.items()]
     metric_chunks = [metrics[i : i + CHUNK] for i in range(0, len(metrics), CHUNK)]
     param_chunks = [leaves[i : i + PARAMS] for i in range(0, len(leaves), PARAMS)]
@@ -172,16 +213,17 @@ def _log(
 # -- where we are in a journal ----------------------------------------------------------------------------------------
 
 
-def _mark(journal: Path, offset: int, finished: bool) -> str:
-    return f"{offset}:{_digest(journal, offset)}:{'all' if finished else 'open'}"
+def _mark(journal: Path, offset: int, sent: Sent) -> str:
+    return f"{offset}:{_digest(journal, offset)}:{sent}"
 
 
-def _resume(journal: Path, mark: str) -> tuple[int | None, bool]:
-    """The offset to go on from and whether the final values are sent; None where the mark does not fit the journal."""
-    match = re.fullmatch(r"(\d+):(\w+):(all|open)", mark)
+def _resume(journal: Path, mark: str) -> tuple[int | None, Sent]:
+    """The offset to go on from and what of the end is sent; None where the mark does not fit the journal."""
+    match = re.fullmatch(r"(\d+):(\w+):(open|all|costed)", mark)
     if match is None or _digest(journal, int(match[1])) != match[2]:
-        return None, False
-    return int(match[1]), match[3] == "all"
+        return None, "open"
+    sent: dict[str, Sent] = {"open": "open", "all": "all", "costed": "costed"}
+    return int(match[1]), sent[match[3]]
 
 
 def _digest(journal: Path, offset: int) -> str:

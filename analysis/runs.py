@@ -44,6 +44,8 @@ class Run:
     imported: str  # where its figures come from, if no worker of ours made them
     submitted: float
     parents: tuple[str, ...]
+    processes: int
+    capsule: str
 
     @property
     def key(self) -> str:
@@ -73,6 +75,8 @@ def read_run(folder: Path) -> Run:
             imported=_source(run.get("imported")),
             submitted=number(run.get("submitted")) or 0.0,
             parents=tuple(map(str, run.get("parents") or ())),
+            processes=int(run.get("processes") or 1),
+            capsule=str(run.get("capsule") or ""),
         )
     except (TypeError, ValueError) as error:
         raise rundir.RunDirError(f"{path}: {error}") from None
@@ -123,6 +127,7 @@ class Final:
     metrics: dict[str, float]
     steps: int
     time: float
+    peak_gpu_mb: float | None = None
 
     def points(self) -> list[Point]:
         return [Point(key, self.steps, self.time, value) for key, value in self.metrics.items()]
@@ -145,4 +150,5 @@ def read_final(folder: Path) -> Final | None:
         metrics={key: value for key, value in values.items() if value is not None},
         steps=steps if isinstance(steps, int) else 0,
         time=number(done.get("time")) or path.stat().st_mtime,
+        peak_gpu_mb=number(done.get("peak_gpu_mb")),
     )

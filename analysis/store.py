@@ -12,6 +12,9 @@ import logging
 import os
 import re
 import socket
+import sqlite3
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -44,6 +47,27 @@ class StoreError(Exception):
     def __init__(self, message: str, locked: bool = False):
         super().__init__(message)
         self.locked = locked
+
+
+class Older(StoreError):
+    """Made by an older MLflow, which would be upgraded without a word by merely opening it."""
+
+    def __init__(self, store: Store, schema: str):
+        how = "python launcher.py ingest --upgrade keeps a copy and upgrades it"
+        if store.file is None:
+            how = f"back it up (pg_dump), then: mlflow db upgrade '{store.shown}'"
+        super().__init__(f"{store.shown}: made by an older MLflow (schema {schema}); {how}")
+        self.schema = schema
+
+
+def prepare() -> None:
+    """Imports MLflow, for the first time in seconds, and keeps it quiet."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import mlflow.tracking
+
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    logging.getLogger(mlflow.__name__).setLevel(logging.CRITICAL)  # its lines come as ours
 
 
 @dataclass(frozen=True)
@@ -110,20 +134,22 @@ class Store:
 
     def open(self) -> MlflowClient:
         """A client of a store that answers and has today's schema; a fresh one is initialised. Raises StoreError."""
-        for name, value in SETTINGS.items():
-            os.environ.setdefault(name, value)
-        from mlflow.tracking import MlflowClient
-
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-        logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its lines come as ours
+        prepare()
         with self.explained():
             if self.file:
                 self._make(self.file)
             if not self.uri.startswith("http"):
                 self._check_schema()
-            client = MlflowClient(self.uri)
+            client = self.client()
             client.search_experiments(max_results=1)
         return client
+
+    def client(self) -> MlflowClient:
+        """Of a store that was opened before."""
+        prepare()
+        from mlflow.tracking import MlflowClient
+
+        return MlflowClient(self.uri)
 
     def _make(self, file: Path) -> None:
         """A fresh SQLite store appears by rename: a process killed on the way leaves no half of one."""
@@ -167,8 +193,41 @@ class Store:
             raise StoreError(f"{self.shown}: a database, but not an MLflow store")
         if found not in {revision.revision for revision in script.walk_revisions()}:
             raise StoreError(f"{self.shown}: made by a newer MLflow (schema {found}); update mlflow here")
-        upgrade = f"mlflow db upgrade '{self.shown}'"
-        raise StoreError(f"{self.shown}: made by an older MLflow (schema {found}); back it up, then: {upgrade}")
+        raise Older(self, found)
+
+    def upgrade(self) -> Path | None:
+        """An older SQLite store becomes one of today's; the old one is kept, at the path returned. None: nothing to do.
+
+        A copy is upgraded and takes the place of the original at the end: killed on the way, the original is as it was.
+        """
+        prepare()
+        with self.alone(), self.explained():
+            try:
+                self._check_schema()
+                return None
+            except Older as error:
+                if self.file is None:
+                    raise
+                kept = self.file.with_name(f"{self.file.name}.schema-{error.schema}")
+            if kept.exists():
+                kept = kept.with_name(f"{kept.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            partial = self.file.with_name(f".{self.file.name}.{uuid.uuid4().hex[:8]}")
+            try:
+                before = _written(self.file)
+                _copy(self.file, partial)
+                words = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{partial}"]
+                done = subprocess.run(words, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    last = next(iter(done.stderr.strip().splitlines()[-1:]), "no word")
+                    raise StoreError(f"{self.shown}: MLflow cannot upgrade it ({last}); it is as it was")
+                if _written(self.file) != before:
+                    raise StoreError(f"{self.shown}: another program (mlflow ui?) wrote to it; end that and try again")
+                os.link(self.file, kept)
+                partial.replace(self.file)
+            finally:
+                partial.unlink(missing_ok=True)
+            self._check_schema()
+        return kept
 
     # -- troubles -----------------------------------------------------------------------------------------------------
 
@@ -193,6 +252,16 @@ class Store:
                 return StoreError(f"{self.shown}: {meaning}", locked=meaning is LOCKED)
         line = next(iter(text.splitlines()), type(error).__name__)
         return StoreError(f"{self.shown}: {self.clean(line)[:300]}")
+
+
+def _written(file: Path) -> tuple[int, int]:
+    return file.stat().st_mtime_ns, file.stat().st_size
+
+
+def _copy(file: Path, to: Path) -> None:
+    """A whole SQLite database, also while others write to it."""
+    with contextlib.closing(sqlite3.connect(file)) as old, contextlib.closing(sqlite3.connect(to)) as new:
+        old.backup(new)
 
 
 LOCKED = "locked by another program; nothing is lost, try again"

@@ -73,12 +73,13 @@ def grid(table: Table, source: bool = False) -> Grid:
             rows.append([*line, *([Text(_overall(table, row))] if table.layout.overall else [])])
             rows += _reported(table, row, sources)
     notes = [*_notes(table), *(f"[{i}] {source}" for i, source in enumerate(sources, 1))]
+    ledger = receipts.Ledger(table.output_dir)
     comments = [f"study {table.name}: {table.title}; the runs behind each cell as seed=identity"]
     for cell in table.cells.values():
         comments.append(f"{cell.row} | {cell.column}: " + " ".join(f"{r.seed}={r.identity}" for r in cell.runs))
         if source:
             commits = ", ".join(sorted({run.commit[:12] for run in cell.runs if run.commit})) or "none"
-            spent = receipts.with_parents(table.output_dir, cell)
+            spent = ledger.with_parents(cell)
             hosts = ", ".join(sorted(spent.hosts)) or "no host"
             comments.append(f"commit {commits}; {spent} with pretraining; on {hosts}")
             comments += [f"seed {run.seed} from {run.imported}" for run in cell.runs if run.imported]
@@ -211,11 +212,12 @@ def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return file.getvalue()
 
 
-def behind(table: Table, cell: Cell) -> list[dict[str, Any]]:
+def behind(table: Table, cell: Cell, ledger: receipts.Ledger | None = None) -> list[dict[str, Any]]:
     """The runs behind a cell, one record each, with where they ran and for how long."""
+    ledger = ledger or receipts.Ledger(table.output_dir)
     found = []
     for run in cell.runs:
-        spent = receipts.of_run(table.output_dir, run)
+        spent = ledger.entry(run.identity).cost
         record: dict[str, Any] = {name: getattr(run, name) for name in CellRun.__match_args__}
         record |= {"hosts": " ".join(spent.hosts), "gpu_hours": spent.gpu_hours, "cpu_hours": spent.cpu_hours}
         found.append(record)
@@ -251,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=kinds, help="default: by OUTPUT's suffix, else term")
     parser.add_argument("--output", type=Path, metavar="FILE", help="instead of standard output")
     parser.add_argument("--cell", nargs=2, metavar=("ROW", "COLUMN"), help="the runs behind one cell")
+    parser.add_argument("--receipts", action="store_true", help="what it took: hours per cell and per cause of failure")
     parser.add_argument("--json", action="store_true", help="one JSON object a cell, or a run with --cell")
     again = "draw it again as cells fill, until all are full or failed"
     parser.add_argument("--watch", type=float, nargs="?", const=2.0, metavar="SECONDS", help=again)
@@ -280,8 +283,10 @@ def _shown(table: Table, args: argparse.Namespace, kind: str) -> str | bytes:
         raise rundir.RunDirError(f"--cell {args.cell[0]!r} {args.cell[1]!r}: no such cell; {valid}")
     cell = table.cells[tuple(args.cell)] if args.cell else None
     if args.json or kind in ("csv", "parquet"):
-        rows = behind(table, cell) if cell else records(table)
+        rows = behind(table, cell) if cell else receipts.records(table) if args.receipts else records(table)
         return to_json(rows) if args.json else to_csv(rows) if kind == "csv" else to_parquet(rows)
+    if args.receipts and not cell:
+        return RENDERERS[kind](receipts.grid(table))
     return RENDERERS[kind](cell_grid(table, cell) if cell else grid(table, source=kind == "latex"))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,17 @@ def _spell(hours: float, unit: str) -> str:
 
 def of(folder: Path, processes: int = 1) -> Cost:
     """All attempts of a run, those that failed too. ``processes``: of the whole run, see ``run.json``."""
-    nodes = max(1, len(list(folder.glob("attempts.*.jsonl"))))
-    records = rundir.attempts(folder)
+    return of_records(rundir.attempts(folder), processes, len(list(folder.glob("attempts.*.jsonl"))))
+
+
+def of_records(records: Sequence[Mapping[str, Any]], processes: int = 1, nodes: int = 1) -> Cost:
+    """Of some starts and ends of attempts, on so many nodes."""
     hosts = tuple(dict.fromkeys(str(r["host"]).partition("/")[0] for r in records if r.get("host")))
     gpu = cpu = 0.0
     for record in records:
         seconds, on_gpus = _number(record, "seconds"), _number(record, "gpu_seconds")
         gpu += on_gpus / 3600
-        cpu += 0.0 if on_gpus else seconds * max(1, processes // nodes) / 3600
+        cpu += 0.0 if on_gpus else seconds * max(1, processes // max(1, nodes)) / 3600
     return Cost(gpu, cpu, hosts, len({r.get("attempt") for r in records}))
 
 
@@ -57,6 +60,6 @@ def total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, Cost())
 
 
-def _number(record: dict[str, Any], key: str) -> float:
+def _number(record: Mapping[str, Any], key: str) -> float:
     value = record.get(key)
     return float(value) if isinstance(value, (int, float)) and value > 0 else 0.0

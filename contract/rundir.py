@@ -254,6 +254,22 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: float(r.get("time", 0)))
 
 
+def environment_file(folder: Path, name: str) -> Path:
+    return folder / f"environment.{name}.json"
+
+
+def environment(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """The hash and the content of what the last attempt ran in; None for a run that has no (readable) record of it."""
+    names = [path.name.split(".")[1] for path in folder.glob("environment.*.json")]
+    if len(names) > 1:  # moved on the way
+        starts = [r for r in attempts(folder) if r.get("event") == "start" and r.get("environment") in names]
+        names = [str(starts[-1]["environment"])] if starts else names[-1:]
+    try:
+        return (names[0], read_json(environment_file(folder, names[0]))) if names else None
+    except RunDirError:
+        return None
+
+
 def seconds_to_save(folder: Path) -> float:
     """How long the last checkpoint took; 0 before there is one."""
     try:

@@ -91,7 +91,6 @@ class Capsule:
 def collect(exclude: Iterable[str | Path] = (), root: Path = ROOT) -> Capsule:
     """What would be copied; ``exclude`` are the folders of output and data. Raises SettingsError above CAP_MB."""
     apart = {Path(p).resolve() for p in exclude}
-    hashed = hashlib.blake2b(digest_size=8)
     sizes: dict[str, int] = {}
     left_out = []
     for name in sorted(_listed(root)):
@@ -115,11 +114,23 @@ def collect(exclude: Iterable[str | Path] = (), root: Path = ROOT) -> Capsule:
             f"the code in {root} is {sum(sizes.values()) / 2**20:.0f} MB, above {CAP_MB} MB; "
             f"add to .gitignore: {', '.join(f'{n} ({sizes[n] / 2**20:.1f} MB)' for n in largest)}"
         )
-    for name in sizes:
+    return Capsule(root, _hash(root, sizes), tuple(sizes), tuple(left_out))
+
+
+def hash_of(stored: Path) -> str:
+    """Of a stored copy, as it is now: its name, unless somebody changed it. What was put there later is not counted."""
+    found = (p.relative_to(stored) for p in stored.rglob("*") if p.is_file())
+    names = (p.as_posix() for p in found if "__pycache__" not in p.parts and str(p) not in (COMMIT, DIFF))
+    return _hash(stored, sorted(names))
+
+
+def _hash(root: Path, names: Iterable[str]) -> str:
+    hashed = hashlib.blake2b(digest_size=8)
+    for name in names:
         path = root / name
         content = hashlib.blake2b(path.read_bytes()).hexdigest()
         hashed.update(f"{name}\0{os.access(path, os.X_OK)}\0{content}\n".encode("utf-8", "surrogateescape"))
-    return Capsule(root, hashed.hexdigest(), tuple(sizes), tuple(left_out))
+    return hashed.hexdigest()
 
 
 def _listed(root: Path) -> Iterator[str]:

@@ -35,13 +35,16 @@ those that failed so). output_dir=DIR: where.
 
 EXITS = """\
 exit codes: 0 done; 1 internal error; 2 wrong usage or configuration, nothing was started; 3 scheduler unreachable;
-4 refused; 100 some runs failed, 101 not finished, 102 not found, 103 cancelled; 130 Ctrl-C
+4 refused; 100 some runs failed, or repro made other numbers, 101 not finished, 102 not found, 103 cancelled; 130 Ctrl-C
 """
 
 VERBS = {
     "plan": "what a study or launch has, and what is missing: reuse, stale, queued, new, failed",
     "fill": "run what a study or launch is missing",
     "table": "print the table of a study, complete or not; other flags go to analysis.tables",
+    "report": "a study as one HTML page: tables, curves, pictures, failures, cost, provenance",
+    "diff": "what is not the same in two runs: config, code, data, environment, results",
+    "repro": "a run again, from its own code and settings, in a folder of its own: the same numbers?",
     "import": "results from before (CSV, MLflow, checkpoints) as finished runs of a study",
     "status": "how the runs get on",
     "why": "failures grouped by cause, each with its evidence and the command that mends it",
@@ -55,7 +58,7 @@ VERBS = {
     "doctor": "check the installation, the data paths, the disk, the store; says how to mend it",
 }
 
-SELECT = ("status", "why", "logs", "retry", "cancel", "prune")
+SELECTING = ("status", "why", "logs", "retry", "cancel", "prune", "diff", "repro")
 
 
 def parser(verb: str | None) -> argparse.ArgumentParser:
@@ -126,6 +129,16 @@ def parser(verb: str | None) -> argparse.ArgumentParser:
         difference = "the largest relative difference of a metric that is no loss (0: byte-identical)"
         flag("--tolerance", type=float, default=0.0, metavar="X", help=difference)
         flag("--keep", action="store_true", help="the folders of the runs, which are removed where all is well")
+    if verb == "repro":
+        flag("--steps", type=int, default=50, metavar="N", help="compare the first N steps (50)")
+        flag("--tolerance", type=float, default=0.0, metavar="X", help="relative difference that is accepted (0)")
+        flag("--data-path", metavar="FOLDER", help="where the data is now")
+        flag("--into", metavar="FOLDER", help="a new folder to run in; OUTPUT_DIR/repro/...")
+        flag("--keep", action="store_true", help="keep that folder also where the numbers are the same")
+        flag("-q", "--quiet", action="store_true", help="no progress")
+    if verb == "diff":
+        flag("--code", action="store_true", help="with the lines that differ, from the capsules")
+    if verb in ("repro", "diff", "drill"):
         flag("--json", action="store_true", help="one JSON object")
     if verb == "ui":
         flag("--port", type=int, default=5000)
@@ -156,8 +169,14 @@ def _usage(verb: str | None) -> str:
             return "STUDY [KEY=VALUE...] --csv FILE | --mlflow URI ... | --checkpoint FILE ..."
         case "table":
             return "STUDY [KEY=VALUE...] [--format md|latex|csv|html|term ...]"
+        case "report":
+            return "STUDY [KEY=VALUE...] [--output FILE.html]"
         case "logs":
             return "SELECTION [-f] [--tail N] [--job]"
+        case "diff":
+            return "RUN RUN [--code] [--json]"
+        case "repro":
+            return "RUN [options]"
         case "ingest" | "ui" | "doctor":
             return "[output_dir=DIR] [options]"
         case _:
@@ -167,7 +186,7 @@ def _usage(verb: str | None) -> str:
 def _epilog(verb: str | None) -> str:
     if verb is None:
         return "verbs:\n" + "".join(f"  {name:8} {what}\n" for name, what in VERBS.items()) + "\n" + EXITS
-    return (SELECTION if verb in SELECT else "") + EXITS
+    return (SELECTION if verb in SELECTING else "") + EXITS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -187,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{verb}: no such verb; choose one of {', '.join(VERBS)}, or launch with key=value", file=sys.stderr)
         sys.exit(2)
     reader = parser(verb)
-    if verb in ("table", "ingest") and not {"-h", "--help"} & set(words):
+    if verb in ("table", "report", "ingest") and not {"-h", "--help"} & set(words):
         flags = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
         args = reader.parse_args(words[:flags])
         args.rest = words[flags:]  # analysis reads these

@@ -140,6 +140,7 @@ class Plan:
             "title": self.study.title,
             "output_dir": str(self.output_dir),
             "identities": list(runs),
+            "parents": {r.identity: list(r.parents) for r in self.runs if r.parents},
             "seeds": self.study.seeds,
             "rows": list(self.study.rows),
             "columns": [

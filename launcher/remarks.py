@@ -12,8 +12,9 @@ from typing import Any
 from contract import rundir
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
+from launcher import environment
 from launcher.plan import Plan, Run
-from launcher.supervisor import read_settings
+from launcher.supervisor import read_settings, surroundings_of
 
 SLACK_S = 60.0  # between the clocks of a node and of the file system
 READ_ELSEWHERE = frozenset({"encoder", "oracle"})  # paths; the runs that they lead to are compared themselves
@@ -24,6 +25,7 @@ def of(plan: Plan) -> list[str]:
     found = list(_renamed(plan))
     found += _edited(plan)
     found += _metrics(plan)
+    found += _environments(plan)
     if len(plan.study.seeds) == 1:
         found.append(f"one seed ({plan.study.seeds[0]}): no interval, and no row can be shown to be better")
     imported = sum(_imported(run) for run in plan.runs if run.state == "reuse")
@@ -165,3 +167,63 @@ def _results(folder: Path) -> Mapping[str, Any]:
     except rundir.RunDirError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+# -- machines and packages --------------------------------------------------------------------------------------------
+
+
+def _environments(plan: Plan) -> Iterator[str]:
+    """Rows whose runs of a stage were made by different versions, GPUs or thread counts, or would be if the rest of
+    them started here."""
+    known: dict[str, Mapping[str, str]] = {}  # by hash: a thousand runs share a few
+    mixed: dict[str, list[str]] = {}
+    would: dict[str, list[str]] = {}
+    for (row, stage), runs in _stages(plan).items():
+        found = [(run, e) for run in runs if run.state in ("reuse", "stale") and (e := _made_in(run.folder, known))]
+        counts = {key: Counter(e[key] for _, e in found if key in e) for _, each in found for key in each}
+        for key, values in counts.items():
+            if len(values) > 1:
+                said = " | ".join(f"{value} ({n})" for value, n in sorted(values.items()))
+                mixed.setdefault(f"{key} {said}", []).append(f"{row}, {stage}")
+        todo = [run for run in runs if run.state in ("new", "failed") and run.settings.env.scheduler == "local"]
+        if todo and found:
+            here = environment.matters(surroundings_of(todo[0].settings))
+            if todo[0].settings.env.threads is None:
+                here.pop("threads", None)  # it depends on how many runs will go side by side
+            for key, values in counts.items():
+                if key in here and here[key] not in values:
+                    had = " | ".join(values)
+                    would.setdefault(f"{key} {had}; here it is {here[key]}", []).append(f"{row}, {stage}")
+    for what, where in mixed.items():
+        yield f"mixed in one cell: {what}: {_some(where)}"
+    for what, where in would.items():
+        yield f"a cell would mix: finished runs had {what}: {_some(where)}"
+
+
+def _some(where: list[str]) -> str:
+    return "; ".join(where[:2]) + (f" and {len(where) - 2} more" if len(where) > 2 else "")
+
+
+def _stages(plan: Plan) -> dict[tuple[str, str], list[Run]]:
+    """The runs of each row by stage, with those that they are built upon."""
+    runs = {run.identity: run for run in plan.runs}
+    found: dict[tuple[str, str], dict[str, Run]] = {}
+    for (row, _), identities in plan.cells.items():
+        todo = list(identities)
+        while todo:
+            run = runs.get(todo.pop())
+            if run is not None and run.identity not in (there := found.setdefault((row, run.stage), {})):
+                there[run.identity] = run
+                todo += run.parents
+    return {key: list(each.values()) for key, each in found.items()}
+
+
+def _made_in(folder: Path, known: dict[str, Mapping[str, str]]) -> Mapping[str, str] | None:
+    names = list(folder.glob("environment.*.json"))
+    if len(names) == 1 and names[0].name in known:
+        return known[names[0].name]
+    found = rundir.environment(folder)
+    if found is None:
+        return None
+    name, content = found
+    return known.setdefault(f"environment.{name}.json", environment.matters(content))

@@ -31,6 +31,7 @@ from contract.settings import Settings
 from contract.settings.checks import SettingsError
 from contract.settings.env import Env
 from launcher import breaker, job_logs, stall, why
+from launcher import environment as surroundings
 from launcher.processes import kill_tree
 
 if TYPE_CHECKING:
@@ -164,10 +165,11 @@ class Supervisor:
         record = {"attempt": owner.attempt, "host": rundir.this_host(), "job": job}
         with (self.folder / rundir.LOG).open("ab", buffering=0) as log:
             at = log.tell()
-            begin = {"time": time.time(), "pid": os.getpid(), "step": self._step(), "log": at}
+            begin: dict[str, Any] = {"time": time.time(), "pid": os.getpid(), "step": self._step(), "log": at}
             if self.job:
                 print(job_logs.MARKER.format(attempt=owner.attempt, identity=self.folder.name), flush=True)
             child = self._start(settings, owner.attempt, log)
+            begin["environment"] = surroundings.keep(self.folder, surroundings_of(settings, self.job))
             journal.append({"event": "start", **record, **begin})
             try:
                 cause = self._watch(child, owner, settings.env, log)
@@ -287,11 +289,7 @@ def command(settings: Settings, folder: Path, job: Job | None = None) -> list[st
 def environment(
     settings: Settings, capsule: Path, attempt: str, job: Job | None = None, in_queue: bool = False
 ) -> dict[str, str]:
-    env = settings.env
-    side_by_side = (env.max_parallel or 1) if job is None else job.pack
-    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if job else 0
-    cores = cores or len(os.sched_getaffinity(0))
-    threads = env.threads or max(1, cores // (env.processes_per_node * side_by_side))
+    env, threads = settings.env, threads_each(settings, job)
     # torchrun, too, must not die of the scheduler's TERM, which everything below it ignores.
     torchrun = {"PET_SIGNALS_TO_HANDLE": "SIGQUIT", "PET_SHUTDOWN_TIMEOUT": "5"} if in_queue else {}
     found = torchrun | {
@@ -303,6 +301,20 @@ def environment(
         "MKL_NUM_THREADS": str(threads),
     }
     return found | ({"CUDA_VISIBLE_DEVICES": ""} if env.ngpu == 0 else {})
+
+
+def threads_each(settings: Settings, job: Job | None = None) -> int:
+    """As said, else the cores shared out."""
+    env = settings.env
+    side_by_side = (env.max_parallel or 1) if job is None else job.pack
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if job else 0
+    return env.threads or max(1, (cores or len(os.sched_getaffinity(0))) // (env.processes_per_node * side_by_side))
+
+
+def surroundings_of(settings: Settings, job: Job | None = None) -> dict[str, Any]:
+    """What a run of these settings would have around it here."""
+    env = settings.env
+    return surroundings.here(threads_each(settings, job), env.processes, env.workers, env.ngpu != 0, env.container)
 
 
 def read_settings(folder: Path) -> Settings:

@@ -319,6 +319,26 @@ def cancel(args: argparse.Namespace) -> int:
     return 0
 
 
+# -- where a number comes from ----------------------------------------------------------------------------------------
+
+
+def repro(args: argparse.Namespace) -> int:
+    from launcher import repro
+
+    words, output_dir = _place(args.words)
+    return repro.repro(_only("repro", words, output_dir), output_dir, args)
+
+
+def diff(args: argparse.Namespace) -> int:
+    from launcher import difference
+
+    words, output_dir = _place(args.words)
+    if len(words) != 2:
+        raise SettingsError("diff: say two runs, for instance by the beginnings of their identities")
+    one, two = (_only("diff", [word], output_dir) for word in words)
+    return difference.difference(one, two, args)
+
+
 # -- analysis, which runs in a process of its own ---------------------------------------------------------------------
 
 
@@ -327,6 +347,13 @@ def table(args: argparse.Namespace) -> int:
         raise SettingsError("table: say which study")
     path = rundirs.write_study(_plan(args))
     return mirror.analysis("tables", "--manifest", str(path), *args.rest)
+
+
+def report(args: argparse.Namespace) -> int:
+    if not args.words:
+        raise SettingsError("report: say which study")
+    path = rundirs.write_study(_plan(args))
+    return mirror.analysis("report", "--manifest", str(path), *args.rest)
 
 
 def ingest(args: argparse.Namespace) -> int:
@@ -380,6 +407,16 @@ def _select(words: Sequence[str], output_dir: Path, queue: Mapping[str, Queued] 
     if not found:
         raise NotFound(f"no such run in {output_dir}; output_dir=DIR looks elsewhere")
     return found
+
+
+def _only(verb: str, words: Sequence[str], output_dir: Path) -> Found:
+    match _select(words, output_dir) if words else []:
+        case [one]:
+            return one
+        case []:
+            raise SettingsError(f"{verb}: say which run; python launcher.py status --json lists them")
+        case many:
+            raise SettingsError(f"{verb}: {len(many)} runs match: {', '.join(f.identity for f in many[:12])}")
 
 
 def _json_lines(lines: object) -> None:

@@ -134,6 +134,12 @@ def make_study(output_dir: Path, make_run: MakeRun) -> Callable[..., Path]:
         columns = [{"name": n, "stage": s, "metric": m, "better": "higher"} for n, (s, _, m) in COLUMNS.items()]
         manifest = {"schema": rundir.SCHEMA, "name": "demo", "title": "A demo", "output_dir": str(output_dir)}
         manifest |= {"seeds": list(range(seeds)), "rows": list(rows), "columns": columns, "cells": cells}
+        manifest["identities"] = [folder.name for folder in rundir.find_runs(output_dir)]
+        manifest["parents"] = {
+            r["identity"]: rundir.read_run(rundir.run_dir(output_dir, r["worker"], r["identity"]))["parents"]
+            for c in cells
+            for r in c["runs"]
+        }
         manifest |= {"layout": {"digits": 1, "interval": "ci95", "percent": True}, "reported": []} | changes
         path = output_dir / "studies" / "demo.json"
         path.parent.mkdir(exist_ok=True)

@@ -11,15 +11,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import sqlalchemy
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from analysis import ingest, mirror, runs, store
+from analysis import ingest, mirror, runs, senders, store
 from contract import rundir
 
 MakeRun = Callable[..., Path]
@@ -240,6 +242,73 @@ def test_broken_runs_are_left_out_with_a_line(
     assert list(stored(output_dir)[1]) == ["good"]
 
 
+# -- as people look at it ---------------------------------------------------------------------------------------------
+
+
+def test_runs_can_be_found_by_study_row_column_and_stage(
+    output_dir: Path, make_study: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_study()
+    (output_dir / "main_lmim" / "aaa10" / rundir.ENCODER).write_bytes(b"weights")
+    assert counted(output_dir, capsys)["new"] == 18
+    assert counted(output_dir, capsys)["unchanged"] == 18
+    client, found = stored(output_dir)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    filters = "tags.`sightline.study` = 'demo' and tags.`sightline.row` = 'Latent & <MIM>'"
+    assert len(client.search_runs(experiments, filters)) == 9
+    assert len(client.search_runs(experiments, f"{filters} and tags.`sightline.stage` = 'knn'")) == 3
+    knn, parent = found["bb010"], found["aaa10"]
+    assert client.get_parent_run(knn.info.run_id).info.run_id == parent.info.run_id
+    assert knn.data.tags["sightline.column"] == "1-NN"
+    assert "sightline.column" not in parent.data.tags
+    assert parent.data.tags["sightline.encoder"] == (output_dir / "main_lmim" / "aaa10" / "encoder.pt").as_uri()
+    assert "python launcher.py repro bb010" in knn.data.tags["mlflow.note.content"]
+    make_study_again(output_dir, "other", ["aaa10"])
+    assert counted(output_dir, capsys)["grown"] == 1
+    tags = stored(output_dir)[1]["aaa10"].data.tags
+    assert (tags["sightline.study"], tags["sightline.row"]) == ("demo, other", "demo: Latent & <MIM>")
+
+
+def make_study_again(output_dir: Path, name: str, identities: list[str]) -> None:
+    said = json.loads((output_dir / "studies" / "demo.json").read_text())
+    said |= {"name": name, "identities": identities, "cells": []}
+    (output_dir / "studies" / f"{name}.json").write_text(json.dumps(said))
+
+
+def test_an_evaluation_that_comes_later_finds_its_parent(
+    output_dir: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run("aaa1", worker="main_lmim", metrics={"m": 1.0})
+    counted(output_dir, capsys)
+    folder = make_run("bbb1", parents=("aaa1",), metrics={"m": 1.0})
+    ingest.ingest([folder], store.choose(output_dir, None))
+    client, found = stored(output_dir)
+    assert client.get_parent_run(found["bbb1"].info.run_id).info.run_id == found["aaa1"].info.run_id
+
+
+def test_what_a_finished_run_has_used_are_metrics_sent_once_its_supervisor_has_said_all(
+    output_dir: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run("a1", steps=4)
+    owner = rundir.claim(folder)
+    done = {"metrics": {"m": 0.5}, "steps": 4, "time": 1_700_000_100.0, "peak_gpu_mb": 900}
+    rundir.write_json(folder / rundir.DONE, done)
+    assert counted(output_dir, capsys)["metrics"] == 9
+    journal = rundir.Journal(rundir.attempts_file(folder, 0))
+    end = {"event": "end", "attempt": "a1", "time": 1_700_000_101.0, "cause": "finished", "seconds": 1800}
+    journal.append(end | {"gpu_seconds": 3600, "peak_rss_mb": 700})
+    journal.close()
+    owner.release()
+    assert counted(output_dir, capsys)["metrics"] == 3
+    assert counted(output_dir, capsys)["unchanged"] == 1
+    client, found = stored(output_dir)
+    costs = {k: v for k, v in found["a1"].data.metrics.items() if k.startswith("cost/")}
+    assert costs == {"cost/gpu_hours": 1.0, "cost/peak_gpu_mb": 900.0, "cost/peak_rss_mb": 700.0}
+    assert found["a1"].data.tags["sightline.hours"] == "1 GPU-h"
+    client.set_tag(found["a1"].info.run_id, mirror.SENT, mirror.SENDING)  # as if killed on the way
+    assert counted(output_dir, capsys)["metrics"] == 0
+
+
 # -- killed, and several at once --------------------------------------------------------------------------------------
 
 
@@ -370,3 +439,31 @@ def test_a_watcher_follows_and_makes_one_last_pass_when_it_is_told_to_leave(
     assert "1 grown" in said
     client, runs_there = stored(output_dir)
     assert history(client, runs_there["aaa"]) == in_the_files(folder)
+
+
+def test_many_runs_are_sent_by_several_processes_which_die_with_the_one_that_started_them(
+    output_dir: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [make_run(f"a{i:03}", steps=2, metrics={"m": 1.0}) for i in range(senders.MANY)]
+    command = [sys.executable, "-m", "analysis.ingest", "--output-dir", str(output_dir)]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    database = sqlalchemy.create_engine(f"sqlite:///{output_dir / 'mlflow.db'}")
+    while first.poll() is None:
+        with database.connect() as connection:
+            if connection.execute(sqlalchemy.text("SELECT count(*) FROM runs")).scalar_one() >= 10:
+                break
+        time.sleep(0.05)
+    family = psutil.Process(first.pid).children(recursive=True)
+    assert len([p for p in family if "spawn_main" in " ".join(p.cmdline())]) == min(4, len(os.sched_getaffinity(0)))
+    first.kill()
+    first.wait()
+    database.dispose()
+    psutil.wait_procs(family, timeout=10)
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    monkeypatch.setattr(senders, "MANY", 1000)  # by this process alone
+    counted(output_dir, capsys)
+    client, found = stored(output_dir)
+    assert len(found) == len(folders)
+    for folder in folders:
+        assert history(client, found[folder.name]) == in_the_files(folder)
+        assert found[folder.name].info.status == "FINISHED"

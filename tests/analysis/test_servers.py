@@ -28,6 +28,7 @@ from contract import rundir
 MakeRun = Callable[..., Path]
 LogSteps = Callable[..., None]
 PASSWORD = "hunter2/%@"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
@@ -260,6 +261,46 @@ def test_a_server_that_goes_and_comes_back(
     assert go(output_dir, postgres) == 0
     client, run = stored(postgres, name)
     assert history(client, run) == in_the_files(folder)
+
+
+def test_watching_through_a_server_that_is_killed_and_comes_back(
+    output_dir: Path, make_run: MakeRun, log_steps: LogSteps, template_store: Path, tmp_path: Path, name: str
+) -> None:
+    server = Mlflow(Path(shutil.copy(template_store, tmp_path / "mlflow.db")), tmp_path)
+    server.start()
+    folder = make_run(name, steps=50)
+    words = [sys.executable, "-m", "analysis.ingest", "--output-dir", str(output_dir), "--store", server.uri]
+    said, told = tmp_path / "out", tmp_path / "err"
+    with said.open("w") as out, told.open("w") as err:
+        watcher = subprocess.Popen([*words, "--watch", "0.1"], cwd=ROOT, stdout=out, stderr=err)
+    try:
+        wait_for(lambda: "1 new" in said.read_text())
+        for step in range(51, 1000):
+            log_steps(folder, range(step, step + 1))
+            if step == 200:
+                server.stop()  # kill -9, most likely in the middle of a pass
+            time.sleep(0.002)
+        wait_for(lambda: "does not answer" in told.read_text())
+        server.start()
+        wait_for(lambda: stored(server, name)[1].data.metrics.get("train/loss") == 1 / 999)
+        rundir.write_json(folder / rundir.DONE, {"metrics": {"m": 1.0}, "steps": 999, "time": 1_700_001_000})
+        watcher.terminate()
+        assert watcher.wait(60) == 0
+        client, run = stored(server, name)
+        assert history(client, run) == in_the_files(folder)
+        assert (run.info.status, run.data.metrics["m"]) == ("FINISHED", 1.0)
+        assert told.read_text().count("error:") == 1  # said once, not at every pass
+    finally:
+        watcher.kill()
+        watcher.wait()
+        server.stop()
+
+
+def wait_for(condition: Callable[[], object], timeout: float = 100) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
 
 
 def test_a_server_that_is_not_there(output_dir: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import alembic.command
 import pytest
+import sqlalchemy
+from mlflow.store.db import utils
+from mlflow.store.tracking.dbmodels import initial_models
 from mlflow.tracking import MlflowClient
 
 from analysis import ingest, store
@@ -76,23 +80,78 @@ def test_an_absent_folder_is_told(output_dir: Path, make_run: MakeRun, capsys: p
     assert not (output_dir / "none").exists()
 
 
+def older_store(file: Path, revision: str) -> str:
+    """A store as MLflow's own migrations left it at that schema, with a run of somebody's in it."""
+    file.unlink()
+    engine = sqlalchemy.create_engine(f"sqlite:///{file}")
+    initial_models.Base.metadata.create_all(engine)
+    alembic.command.upgrade(utils._get_alembic_config(f"sqlite:///{file}"), revision)  # type: ignore[no-untyped-call]
+    meta = sqlalchemy.MetaData()
+    meta.reflect(engine)
+    with engine.begin() as connection:
+        named = {"name": "mine", "artifact_location": str(file.parent), "lifecycle_stage": "active"}
+        connection.execute(meta.tables["experiments"].insert(), {"experiment_id": 1, **named})
+        run = {"run_uuid": "0" * 32, "experiment_id": 1, "name": "", "user_id": "me", "status": "FINISHED"}
+        run |= {
+            "start_time": 1,
+            "end_time": 2,
+            "lifecycle_stage": "active",
+            "artifact_uri": "x",
+            "source_type": "LOCAL",
+        }
+        connection.execute(meta.tables["runs"].insert(), run)
+        values = {"run_uuid": "0" * 32, "key": "loss", "value": 0.5, "timestamp": 3, "step": 1, "is_nan": False}
+        connection.execute(meta.tables["metrics"].insert(), values)
+        connection.execute(meta.tables["latest_metrics"].insert(), values)
+    engine.dispose()
+    return revision
+
+
+def test_an_older_store_is_refused_and_upgraded_when_asked_with_the_old_one_kept(
+    output_dir: Path, make_run: MakeRun, store_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run("a1", steps=2)
+    old = older_store(store_file, "cc1f77228345")  # of MLflow 1.26
+    before = store_file.read_bytes()
+    assert f"schema {old}); python launcher.py ingest --upgrade" in refused(output_dir, capsys)
+    assert store_file.read_bytes() == before
+    assert go(output_dir, "--upgrade", "--json") == 0
+    out, err = capsys.readouterr()
+    kept = output_dir / f"mlflow.db.schema-{old}"
+    assert err == f"upgraded; the store as it was is kept in {kept}; start mlflow ui anew\n"
+    assert kept.read_bytes() == before
+    assert json.loads(out)["new"] == 1
+    client = MlflowClient(f"sqlite:///{store_file}")
+    assert client.get_run("0" * 32).data.metrics == {"loss": 0.5}
+    assert go(output_dir, "--upgrade") == 0
+    assert capsys.readouterr().err == ""  # nothing to do
+    assert not list(output_dir.glob(".mlflow.db.*"))
+
+
+def test_an_upgrade_that_fails_leaves_the_store_as_it_was(
+    output_dir: Path, make_run: MakeRun, store_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run("a1", steps=2)
+    set_schema(store_file, "451aebb31d03")  # it says so, but its tables are those of today
+    before = store_file.read_bytes()
+    assert "cannot upgrade it" in refused(output_dir, capsys, "--upgrade")
+    assert store_file.read_bytes() == before
+    assert not [*output_dir.glob("mlflow.db.schema-*"), *output_dir.glob(".mlflow.db.*")]
+
+
+def test_a_newer_store_is_told(
+    output_dir: Path, make_run: MakeRun, store_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run("a1", steps=2)
+    set_schema(store_file, "fffffffffff")
+    assert "newer MLflow" in refused(output_dir, capsys, "--upgrade")
+
+
 def set_schema(file: Path, revision: str) -> None:
     connection = sqlite3.connect(file)
     connection.execute("UPDATE alembic_version SET version_num = ?", (revision,))
     connection.commit()
     connection.close()
-
-
-def test_an_older_store_is_never_upgraded_silently(
-    output_dir: Path, make_run: MakeRun, store_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_run("a1", steps=2)
-    set_schema(store_file, "451aebb31d03")  # MLflow 1.0
-    before = store_file.read_bytes()
-    assert f"mlflow db upgrade 'sqlite:///{store_file}'" in refused(output_dir, capsys)
-    assert store_file.read_bytes() == before
-    set_schema(store_file, "fffffffffff")
-    assert "newer MLflow" in refused(output_dir, capsys)
 
 
 @pytest.mark.parametrize("content", [b"no database, but long enough to look like a file" * 9, None])
