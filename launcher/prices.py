@@ -31,7 +31,7 @@ class Prices:
     def of(self, run: Run) -> Cost | None:
         """None where no run like it has finished yet."""
         same = ("group", run.group)
-        stage = (run.settings.worker, run.stage, getattr(run.settings, "epochs", None))
+        stage = (run.settings.worker, run.stage, _length(run.settings))
         own = self._mean(same, lambda: ((r.folder, 1.0) for r in self._finished if r.group == run.group))
         found = own or self._mean(("plan", *stage), lambda: self._planned(run))
         return found or self._mean(("everywhere", *stage), lambda: self._everywhere(run))
@@ -64,10 +64,16 @@ class Prices:
 
 def _longer(one: Settings, other: Settings) -> float:
     """How many times as long ``one`` trains; 0 where nothing can be said: no training is no measure of training."""
-    epochs, others = (getattr(settings, "epochs", None) for settings in (one, other))
-    if epochs is None or others is None or epochs == others:
+    length, others = _length(one), _length(other)
+    if length is None or others is None or length == others:
         return 1.0
-    return float(epochs / others) if others else 0.0
+    return length / others if others else 0.0
+
+
+def _length(settings: Settings) -> float | None:
+    """In epochs, or in iterations where a worker counts these."""
+    found: float | None = getattr(settings, "epochs", getattr(settings, "iterations", None))
+    return found
 
 
 def spent_by(folder: Path) -> Cost:

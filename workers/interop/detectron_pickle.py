@@ -34,7 +34,7 @@ def written(content: dict[str, Any]) -> bytes:
 def read(data: bytes) -> dict[str, Any]:
     """The three entries of such a file. Raises ValueError, in one line, for anything else."""
     try:
-        found = _Arrays(io.BytesIO(data)).load()
+        found: Any = _Arrays(io.BytesIO(data)).load()
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to
         raise ValueError(f"not a file of arrays for Detectron2: {str(error) or type(error).__name__}") from None
     arrays = found.get("model") if isinstance(found, dict) else None
@@ -42,4 +42,4 @@ def read(data: bytes) -> dict[str, Any]:
         isinstance(name, str) and isinstance(each, np.ndarray) and each.dtype != object for name, each in arrays.items()
     ):
         raise ValueError("not a file of arrays for Detectron2: no arrays under 'model'")
-    return found
+    return dict(found)
