@@ -1,8 +1,8 @@
 """Fine-tuning of a residual network for detection, and the average precision of what it then finds.
 
 ``detection/AP``, ``AP50`` and ``AP75`` are measured after the last iteration, every picture once over all ranks; with
-masks also ``detection/mask_AP`` and so on. ``figures/`` has a contact sheet and curves, ``tables/classes.csv`` each class,
-``detector.pt`` the detector, ``encoder.pt`` its encoder.
+masks also ``detection/mask_AP`` and so on. ``figures/`` has a contact sheet and curves, ``tables/classes.csv`` each
+class, ``detector.pt`` the detector, ``encoder.pt`` its encoder.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from contract.settings import Stepping
 from contract.settings.checks import SettingsError, above, at_least, within
+from contract.settings.data import Data
 
 
 @dataclass(kw_only=True)
@@ -16,17 +17,18 @@ class Detecting(Stepping):
 
     takes_boxes: ClassVar[bool] = True
 
-    iterations: int = 800
+    data: Data = field(default_factory=lambda: Data(name="digits_on_photos"))
+    iterations: int = 600
     warmup_iterations: int = 50
     warmup_factor: float = 1e-3  # of the rate, at the first iteration; from there it rises linearly
-    milestones: list[int] = field(default_factory=lambda: [600, 720])  # iterations; a tenth of the rate from each on
+    milestones: list[int] = field(default_factory=lambda: [450, 540])  # iterations; a tenth of the rate from each on
     weight_decay: float = 1e-4  # not on norms
     momentum: float = 0.9
     masks: bool = False  # learn and measure masks, too
-    min_sizes: list[int] = field(default_factory=lambda: [128])  # the shorter side in training, drawn for each picture
-    test_size: int = 128  # and in evaluation
+    min_sizes: list[int] = field(default_factory=lambda: [192])  # the shorter side in training, drawn for each picture
+    test_size: int = 192  # and in evaluation
     max_size: int = 1333  # what the longer side does not exceed
-    precise_bn: int = 50  # iterations whose statistics BatchNorm is given before the evaluation; 0: none
+    precise_bn: int = 30  # iterations whose statistics BatchNorm is given before the evaluation; 0: none
     train_sets: list[str] = field(default_factory=list)  # such as [2007_trainval]; []: those of the published protocol
     val_sets: list[str] = field(default_factory=list)
 

@@ -17,10 +17,10 @@ class Settings(Detecting):
     encoder: str = "new:resnet10_slim"  # a run directory, an identity, a published file of a ResNet, new:ARCH
     arch: Arch | None = None  # what the encoder has to be; null: whatever it is
     batch_size: int = 8
-    blr: float = 1.28  # 0.04 for 8 pictures
+    blr: float = 1.6  # 0.05 for 8 pictures
     head: Literal["c4", "fpn"] = "c4"  # the fourth stage on every region, or a pyramid of maps
     extra_norm: bool = True  # a BatchNorm after the fourth stage; of head=c4
-    anchor_sizes: list[int] = field(default_factory=lambda: [16, 24, 32, 48, 64])  # of head=fpn: one for each of 5 maps
+    anchor_sizes: list[int] = field(default_factory=lambda: [24, 36, 48, 72, 96])  # of head=fpn: one for each of 5 maps
     rois: int = 32  # regions of a picture that the head learns from
     roi_size: int = 8  # side of the map that a region is pooled to, which the fourth stage halves; masks have it, too
     proposals: int = 100  # regions of a picture that are looked at in evaluation

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from contract import rundir
-from workers import export_detectron, models
+from workers import models
+from workers.engine import detectron
 from workers.engine.encoder import EncoderError, save_encoder
 from workers.interop import detectron_names, detectron_pickle
 
@@ -34,7 +35,7 @@ def encoder(name: str, **kwargs) -> models.Encoder:
 def test_a_residual_network_comes_back_bit_for_bit(tmp_path, arch, depth, groups, width, channels):
     network = encoder("resnet", arch=arch, image_size=32)
     network.mean, network.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    found = export_detectron.write(tmp_path, network)
+    found = detectron.write(tmp_path, network)
     assert found.left_out == {}
     prefix = "MODEL.RESNETS."
     said = {k.removeprefix(prefix): v for k, v in found.model.items() if k.startswith(prefix)}
@@ -43,7 +44,7 @@ def test_a_residual_network_comes_back_bit_for_bit(tmp_path, arch, depth, groups
     assert said["STRIDE_IN_1X1"] is False
     assert found.model["MODEL.PIXEL_MEAN"] == [123.675, 116.28, 103.53]
     assert found.model["MODEL.PIXEL_STD"] == [58.395, 57.12, 57.375]
-    stored = detectron_pickle.read((tmp_path / export_detectron.FILE).read_bytes())
+    stored = detectron_pickle.read((tmp_path / detectron.FILE).read_bytes())
     assert list(stored) == ["model", "__author__", "matching_heuristics"]
     back = {detectron_names.torchvisions(name): value for name, value in stored["model"].items()}
     assert back.keys() == network.state_dict().keys()
@@ -54,8 +55,8 @@ def test_a_residual_network_comes_back_bit_for_bit(tmp_path, arch, depth, groups
 @pytest.mark.parametrize("cls", [True, False])
 def test_a_vision_transformer_has_vitdets_names(tmp_path, cls):
     network = encoder("vit", **VIT, cls=cls)
-    found = export_detectron.write(tmp_path, network)
-    stored = detectron_pickle.read((tmp_path / export_detectron.FILE).read_bytes())["model"]
+    found = detectron.write(tmp_path, network)
+    stored = detectron_pickle.read((tmp_path / detectron.FILE).read_bytes())["model"]
     assert set(found.left_out) == {"norm.weight", "norm.bias", *(["cls_token"] if cls else [])}
     assert stored["backbone.net.pos_embed"].shape == (1, 16 + cls, 24)
     assert found.model["pretrain_use_cls_token"] is cls
@@ -80,7 +81,7 @@ def test_a_vision_transformer_has_vitdets_names(tmp_path, cls):
 )
 def test_what_detectron2_cannot_hold_is_refused_in_one_line(tmp_path, name, kwargs, line):
     with pytest.raises(EncoderError, match=line) as caught:
-        export_detectron.write(tmp_path, encoder(name, **kwargs))
+        detectron.write(tmp_path, encoder(name, **kwargs))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -94,7 +95,7 @@ def test_a_file_that_lost_a_tensor_or_changed_one_is_noticed(tmp_path, monkeypat
     del changed["stem.conv1.weight"]
     monkeypatch.setattr(detectron_names, "content", lambda _: {"model": changed})
     with pytest.raises(EncoderError, match=r"2 tensors do not come back as they were, first conv1\.weight"):
-        export_detectron.write(tmp_path, network)
+        detectron.write(tmp_path, network)
 
 
 class Trap:

@@ -107,7 +107,7 @@ def perfect():
 
 
 def test_a_perfect_detection_has_an_average_precision_of_one(perfect):
-    val, expected, said = perfect
+    _, expected, said = perfect
     for measured in (
         measure.voc(expected, said, 10, eleven_points=True),
         measure.voc(expected, said, 10, eleven_points=False),
@@ -118,7 +118,7 @@ def test_a_perfect_detection_has_an_average_precision_of_one(perfect):
 
 
 def test_masks_are_measured_by_themselves(perfect):
-    val, expected, said = perfect
+    _, expected, said = perfect
     moved = said._replace(masks=[*said.masks[1:], said.masks[0]])
     assert measure.coco(expected, moved, 10).figures["AP"] == pytest.approx(1)
     assert measure.coco(expected, moved, 10, masks=True).figures["AP"] < 0.3

@@ -24,7 +24,7 @@ def contact_sheet(
     caption: str,
     path: Path,
 ) -> None:
-    """Pictures (3, H, W) uint8 with their true boxes (thin) and predicted ones (boxes (n, 4), scores, labels; thick)."""
+    """Pictures (3, H, W) uint8 with their true boxes, and what was found: boxes (n, 4), scores and labels of each."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle

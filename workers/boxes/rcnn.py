@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN (Ren et al., NeurIPS 2015; He et al., ICCV 2017) of torchvision's parts, with Detectron2's values.
+"""Faster and Mask R-CNN (Ren et al., NeurIPS 2015; He et al., ICCV 2017): torchvision's parts, Detectron2's values.
 
 ``head="c4"``: regions are pooled from the third stage's map, and the fourth stage, with one more BatchNorm behind it
 (He et al., CVPR 2020, appendix A.3), works on each of them. ``head="fpn"``: a pyramid of all stages (Lin et al., CVPR
@@ -34,8 +34,8 @@ PYRAMID, HIDDEN, MASKED = 256, 1024, 256  # channels
 
 Maps = dict[str, Tensor]
 Target = dict[str, Tensor]
-"""``boxes`` (n, 4), ``labels`` (n,) from 1, and for masks ``masks`` (n, H, W) in the file's pixels and ``scale`` (4,) from
-the network's pixels to those."""
+"""``boxes`` (n, 4), ``labels`` (n,) from 1, and for masks ``masks`` (n, H, W) in the file's pixels and ``scale`` (4,)
+from the network's pixels to those."""
 
 
 class Batch(NamedTuple):
@@ -67,7 +67,7 @@ class Pool(nn.Module):
         return out
 
 
-class FloatHead(RPNHead):
+class FloatHead(RPNHead):  # type: ignore[misc]  # torchvision has no types
     """Scores and offsets in float32 under AMP."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -75,7 +75,7 @@ class FloatHead(RPNHead):
         return [each.float() for each in scores], [each.float() for each in offsets]
 
 
-class Proposals(RegionProposalNetwork):
+class Proposals(RegionProposalNetwork):  # type: ignore[misc]
     """torchvision's, with Detectron2's L1 loss for boxes; torchvision's own is smooth."""
 
     def compute_loss(
@@ -89,7 +89,7 @@ class Proposals(RegionProposalNetwork):
         return found, F.l1_loss(offsets, wanted, reduction="sum") / max(len(sampled), 1)
 
 
-class Heads(parts.RoIHeads):
+class Heads(parts.RoIHeads):  # type: ignore[misc]
     """What is in each proposal. With ``stage``, boxes and masks are read from the same maps of the regions, as in
     Detectron2's C4; torchvision would compute them twice, and BatchNorm would see two kinds of batches."""
 
@@ -195,7 +195,8 @@ class Detector(nn.Module):
         self.encoder, self.kind = encoder, head
         stages = (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)
         if head == "c4":
-            width, sizes = channels(encoder.layer3), (tuple(anchors),)
+            width = channels(encoder.layer3)
+            sizes: tuple[tuple[int, ...], ...] = (tuple(anchors),)
             box_head: nn.Module = Stage(encoder, extra_norm)
             box_width, mask_width, mask_head = encoder.width, encoder.width, None
             box_pool: nn.Module = Pool(roi_size)
@@ -259,7 +260,7 @@ class Detector(nn.Module):
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     @torch.no_grad()
-    def detect(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    def detect(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Target]:
         """For each picture ``boxes`` (n, 4) in its pixels, ``scores`` (n,), ``labels`` (n,) from 0, and ``masks``
         (n, 1, h, w), each in its box, where the detector has them."""
         maps = self.maps(images)

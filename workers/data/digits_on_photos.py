@@ -1,8 +1,9 @@
 """Real digits pasted on real photographs, with exact boxes and masks: detection for any machine, without a download.
 
-MNIST's digits are those of ``data=digits``, the photographs scikit-image's and scikit-learn's own. Digits and photographs
-of the validation pictures are in no training picture. A digit's mask is exactly the pixels that were painted, its box
-the smallest around them; digits never touch. The scenes are made up, so figures on them say nothing about any paper.
+MNIST's digits are those of ``data=digits``, the photographs scikit-image's and scikit-learn's own. Those of the
+validation pictures, digits and photographs, are in no training picture. A digit's mask is exactly the pixels that were
+painted, its box the smallest around them; digits never touch. The scenes are made up: figures on them say nothing about
+any paper.
 
     python -m workers.data.digits_on_photos FOLDER
 
@@ -139,7 +140,7 @@ def as_text(mask: Tensor) -> RLE:
     return {"size": list(found["size"]), "counts": found["counts"].decode()}
 
 
-# -- the two layouts ----------------------------------------------------------------------------------------------------
+# -- the two layouts ---------------------------------------------------------------------------------------------------
 
 
 def write_voc(scenes: Scenes, root: Path, part: str) -> None:
@@ -170,7 +171,8 @@ def write_coco(scenes: Scenes, root: Path, name: str) -> None:
     """``annotations/instances_NAME.json`` and ``NAME/*.png``."""
     for folder in ("annotations", name):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index, file in enumerate(scenes.names):
         height, width = scenes.sizes[index]
         images.append({"id": index + 1, "file_name": f"{file}.png", "height": height, "width": width})

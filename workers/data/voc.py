@@ -1,7 +1,8 @@
 """PASCAL VOC (Everingham et al., IJCV 2010), 2007 and 2012, and other sets in its layout.
 
-``data_path`` is the folder with ``VOC2007/`` and ``VOC2012/`` (or the ``VOCdevkit/`` that has them): ``Annotations/ID.xml``,
-``JPEGImages/ID.jpg`` and ``ImageSets/Main/SET.txt`` in each. A set is named YEAR_SET, as in 2007_trainval.
+``data_path`` is the folder with ``VOC2007/`` and ``VOC2012/`` (or the ``VOCdevkit/`` that has them): in each of them
+``Annotations/ID.xml``, ``JPEGImages/ID.jpg`` and ``ImageSets/Main/SET.txt``. A set is named YEAR_SET, as in
+2007_trainval.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from workers.data.files import file_name
 from workers.data.scenes import Scenes, Thing, check_there, read_text
 
 CLASSES = [
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
-    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 ]  # fmt: skip
 SETS: dict[Split, list[str]] = {"train": ["2007_trainval", "2012_trainval"], "val": ["2007_test"]}
 LAYOUT = "VOC2007/ and VOC2012/, each with Annotations/, ImageSets/Main/ and JPEGImages/"

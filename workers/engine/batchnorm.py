@@ -37,7 +37,7 @@ class _Synced(_BatchNorm):
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
         scale = (variance + self.eps).rsqrt()
-        if self.weight is None:
+        if not self.affine:
             return centred * scale.view(shape)
         return centred * (scale * self.weight).view(shape) + self.bias.view(shape)
 
@@ -55,14 +55,14 @@ def synced(network: nn.Module) -> nn.Module:
     if distributed.world_size() == 1:
         return network
     if distributed.device().type == "cuda":
-        found: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        found: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         return found
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.BatchNorm2d:
-                new = SyncedBatchNorm2d(child.num_features, child.eps, child.momentum or 0.1)
+                new = SyncedBatchNorm2d(child.num_features, child.eps, child.momentum or 0.1).to(child.weight)
                 new.load_state_dict(child.state_dict())
-                setattr(parent, name, new.to(child.weight.device))
+                setattr(parent, name, new)
     return network
 
 
@@ -71,8 +71,10 @@ def precise(
     network: nn.Module, batches: Iterable[Any], see: Callable[[int, Any], object], stop: Callable[[], bool]
 ) -> bool:
     """Give every BatchNorm the statistics of these batches in place of a running average: mean and variance of all that
-    it sees while ``see(number, batch)`` runs, weighed alike (Wu and Johnson, 2021, section 3). Over all ranks, which have
-    as many batches each. False, and the network is of no use, where one of them was asked to stop."""
+    it sees while ``see(number, batch)`` runs, weighed alike (Wu and Johnson, 2021, section 3).
+
+    Over all ranks, which have as many batches each. False, and the network is of no use, where one was asked to stop.
+    """
     layers = [each for each in network.modules() if isinstance(each, _BatchNorm) and each.training]
     momenta = [each.momentum for each in layers]
     mean = [torch.zeros_like(_estimates(each)[0], dtype=torch.float64) for each in layers]

@@ -23,10 +23,10 @@ its channels there."""
 STEMS = ("imagenet", "cifar")  # 7 x 7 with stride 2 and a max pooling, or 3 x 3 for pictures of 32 pixels
 
 
-class Slim(TorchvisionResNet):
+class Slim(TorchvisionResNet):  # type: ignore[misc]  # torchvision has no types
     """Stages of 16, 32, 64 and 128 channels."""
 
-    def _make_layer(self, block: Any, planes: int, *others: Any, **more: Any) -> nn.Sequential:
+    def _make_layer(self, block: Any, planes: int, *others: Any, **more: Any) -> Any:
         return super()._make_layer(block, planes // 4, *others, **more)
 
 

@@ -23,7 +23,9 @@ class Objects(NamedTuple):
 
     def where(self, chosen: Tensor) -> Objects:
         """Those of a mask (n,) or of indices."""
-        return Objects(*(None if each is None else each[chosen] for each in self))
+        masks = None if self.masks is None else self.masks[chosen]
+        boxes, labels, difficult, crowd, areas = (each[chosen] for each in self[:5])
+        return Objects(boxes, labels, difficult, crowd, areas, masks)
 
 
 class Seen(NamedTuple):
