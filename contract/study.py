@@ -6,7 +6,7 @@
     seeds: [0, 1, 2]
     overrides: {data: digits}            # for every stage
     stages:
-      pretrain: {worker: main_lmim}
+      pretrain: {worker: main_lmim}      # repeat: false: once, whatever the seeds of the stages after it
       knn: {worker: main_knn, after: pretrain}
       probe: {worker: main_linprobe, after: pretrain, overrides: {epochs: 30}}
     rows:                                # keys are addressed to a stage: STAGE.key
@@ -46,6 +46,7 @@ NO_MORE: Mapping[str, Sequence[int]] = {}
 class Stage:
     worker: str
     after: str | None = None  # the stage whose run it evaluates
+    repeat: bool = True  # false: one run, of the first seed, serves all seeds of what comes after
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -100,6 +101,7 @@ class Study:
                 raise SettingsError(f"{what}: empty; a table needs at least one")
         for name in self.stages:
             self._check_order(name)
+        self._check_repeats()
         for name, column in self.columns.items():
             if column.stage not in self.stages:
                 raise SettingsError(f"columns.{name}.stage={column.stage}: no such stage; valid: {_list(self.stages)}")
@@ -118,6 +120,16 @@ class Study:
         self._check_layout()
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise SettingsError(f"seeds={self.seeds}: expected different seeds, at least one")
+
+    def _check_repeats(self) -> None:
+        for name, stage in self.stages.items():
+            if stage.repeat:
+                continue
+            if stage.after is not None and self.stages[stage.after].repeat:
+                raise SettingsError(f"stages.{name}.repeat=false: {stage.after}, before it, is repeated")
+            for column, each in self.columns.items():
+                if each.stage == name:
+                    raise SettingsError(f"columns.{column}: stage {name} has repeat=false, and one run is no mean")
 
     def _check_order(self, name: str) -> None:
         way = [name]
@@ -191,7 +203,7 @@ class Study:
             step = Step(
                 stage=name,
                 worker=stage.worker,
-                seed=seed,
+                seed=seed if stage.repeat else self.seeds[0],
                 overrides=overrides,
                 parent=chain[-1] if chain else None,
             )

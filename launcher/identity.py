@@ -9,14 +9,17 @@ import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import contract.settings
 from contract import rundir
 from contract.settings import Settings
 from contract.settings.checks import SettingsError
+from contract.settings.resnet import NEW, Arch
 
-ENCODERS = "a run directory, an identity (or its beginning) under output_dir, a file of weights, timm:NAME[@FILE]"
+ENCODERS = (
+    "a run directory, an identity (or its beginning) under output_dir, a file of weights, timm:NAME[@FILE], new:ARCH"
+)
 
 
 def digest(value: Any) -> str:
@@ -60,6 +63,10 @@ def find_encoder(named: str, output_dir: Path, key: str = "encoder") -> Input:
                 raise SettingsError(f"{key}={named}: several runs: {', '.join(p.parent.name for p in several)}")
     if named.startswith("timm:"):
         return _timm_input(named, key)
+    if named.startswith(NEW):
+        if named.removeprefix(NEW) not in get_args(Arch):
+            raise SettingsError(contract.settings.unknown(key, named, (NEW + arch for arch in get_args(Arch))))
+        return Input(path=named, identity=named, group=named)
     raise SettingsError(f"{key}={named}: not found; expected {ENCODERS}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import contract.settings
 from contract import study
-from contract.settings import Training
+from contract.settings import Stepping
 from contract.settings.checks import SettingsError
 from launcher import CONFIGS, rounds, study_file, sweep
 from launcher.identity import ENCODERS, Input, find_encoder, takes_encoder
@@ -90,7 +90,7 @@ def _run(values: Mapping[str, Any], said: Iterable[str], *, stage: str | None = 
         settings.data.cache = absolute(settings.data.cache)
     settings.env = located(settings.env)
     explicit = frozenset(said)
-    if isinstance(settings, Training):
+    if isinstance(settings, Stepping):
         settings.resolve_batch(settings.env.processes, explicit)
     source: Input | None = None
     if parent is not None:

@@ -33,20 +33,20 @@ class Prices:
     def of(self, run: Run) -> Cost | None:
         """None where no run like it has finished yet."""
         same = ("group", run.group)
-        stage = (run.settings.worker, run.stage, getattr(run.settings, "epochs", None))
+        stage = (run.settings.worker, run.stage, _length(run.settings))
         own = self._mean(same, lambda: ((r.folder, 1.0) for r in self._finished if r.group == run.group))
         found = own or self._mean(("plan", *stage), lambda: self._planned(run))
         return found or self._mean(("everywhere", *stage), lambda: self._everywhere(run)) or self._canary(run)
 
     def _canary(self, run: Run) -> Cost | None:
         """As its canary's steps went: a lower bound where it evaluates, of which a canary does a few batches only."""
-        key = ("canary", run.settings.worker, run.stage, getattr(run.settings, "epochs", None), run.processes)
+        key = ("canary", run.settings.worker, run.stage, _length(run.settings), run.processes)
         if key not in self._known:
             self._known[key] = None
             if found := canary.of_stage(self.plan.output_dir, run):
                 what, of = found
                 self.canaries.add(run.stage)
-                hours = what.seconds(_epochs(run.settings, of) or 1.0) / 3600
+                hours = what.seconds(_times(run.settings, of) or 1.0) / 3600
                 gpus = run.settings.env.nodes * (run.settings.env.ngpu or 0) / run.settings.env.pack
                 self._known[key] = Cost(hours * gpus, 0.0 if gpus else hours * run.processes)
         return self._known[key]
@@ -80,14 +80,20 @@ class Prices:
 def _longer(one: Settings, other: Settings) -> float:
     """How many times as long ``one`` trains; 0 where nothing can be said: no training, or only its first steps, is no
     measure of training."""
-    return _epochs(one, other) if one.smoke == other.smoke else 0.0
+    return _times(one, other) if one.smoke == other.smoke else 0.0
 
 
-def _epochs(one: Settings, other: Settings) -> float:
-    epochs, others = (getattr(settings, "epochs", None) for settings in (one, other))
-    if epochs is None or others is None or epochs == others:
+def _times(one: Settings, other: Settings) -> float:
+    length, others = _length(one), _length(other)
+    if length is None or others is None or length == others:
         return 1.0
-    return float(epochs / others) if others else 0.0
+    return length / others if others else 0.0
+
+
+def _length(settings: Settings) -> float | None:
+    """In epochs, or in iterations where a worker counts these."""
+    found: float | None = getattr(settings, "epochs", getattr(settings, "iterations", None))
+    return found
 
 
 def spent_by(folder: Path) -> Cost:

@@ -16,10 +16,10 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from contract.settings.checks import SettingsError, above, at_least
-from contract.settings.data import Data
+from contract.settings.data import SCENES, Data
 from contract.settings.env import Env
 
 T = TypeVar("T")
@@ -35,15 +35,17 @@ NOT_SCIENCE = frozenset(
     }
 )  # fmt: skip
 """The keys, dotted, that cannot change a result. Everything else is science: it makes the identity of a run.
-``batch_size`` and ``accum_iter`` are folded into the effective batch, see ``Training.science``."""
+``batch_size`` and ``accum_iter`` are folded into the effective batch, see ``Stepping.science``."""
 
-NOT_WORKERS = frozenset({"__init__", "checks", "data", "env", "features", "views", "resnet"})
+NOT_WORKERS = frozenset({"__init__", "checks", "data", "env", "features", "views", "resnet", "detection"})
 """The files beside this one that are no worker's settings."""
 
 
 @dataclass(kw_only=True)
 class Settings:
     """What every worker is told. ``worker`` is the file's name below ``workers/``."""
+
+    takes_boxes: ClassVar[bool] = False  # pictures with boxes, and no others
 
     worker: str
     seed: int = 0
@@ -59,6 +61,9 @@ class Settings:
     def __post_init__(self) -> None:
         at_least(self, 0, "seed")
         at_least(self, 1, "smoke")
+        if self.takes_boxes != (self.data.name in SCENES):
+            kind = f"with boxes: {', '.join(SCENES)}" if self.takes_boxes else "with labels, not with boxes"
+            raise SettingsError(f"data={self.data.name}: {self.worker} takes pictures {kind}")
 
     def science(self) -> dict[str, Any]:
         """The settings that make the identity, as plain data. A key that was added after runs existed carries
@@ -67,11 +72,9 @@ class Settings:
 
 
 @dataclass(kw_only=True)
-class Training(Settings):
-    """What every worker that runs the training loop is told. ``batch_size`` is per process, as in the MAE family."""
+class Stepping(Settings):
+    """What every worker that trains by steps is told. ``batch_size`` is per process, as in the MAE family."""
 
-    epochs: int = 100
-    warmup_epochs: float = 0
     batch_size: int = 64
     accum_iter: int | None = None
     effective_batch_size: int | None = None
@@ -82,15 +85,12 @@ class Training(Settings):
     amp: Literal["none", "bf16", "fp16"] = "none"
     log_every: int = 20
     checkpoint_minutes: float = 10.0
-    checkpoint_epochs: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "epochs", "warmup_epochs", "blr", "lr", "weight_decay", "checkpoint_minutes")
-        at_least(self, 1, "batch_size", "accum_iter", "effective_batch_size", "log_every", "checkpoint_epochs")
+        at_least(self, 0, "blr", "lr", "weight_decay", "checkpoint_minutes")
+        at_least(self, 1, "batch_size", "accum_iter", "effective_batch_size", "log_every")
         above(self, 0, "clip_grad")
-        if self.epochs and self.warmup_epochs > self.epochs:
-            raise SettingsError(f"warmup_epochs={self.warmup_epochs}: longer than epochs={self.epochs}")
 
     @property
     def local_batch_matters(self) -> bool:
@@ -140,6 +140,22 @@ class Training(Settings):
         if not self.local_batch_matters:
             found.pop("batch_size")
         return found
+
+
+@dataclass(kw_only=True)
+class Training(Stepping):
+    """What every worker that trains for a number of epochs is told."""
+
+    epochs: int = 100
+    warmup_epochs: float = 0
+    checkpoint_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "epochs", "warmup_epochs")
+        at_least(self, 1, "checkpoint_epochs")
+        if self.epochs and self.warmup_epochs > self.epochs:
+            raise SettingsError(f"warmup_epochs={self.warmup_epochs}: longer than epochs={self.epochs}")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from typing import Literal
 
 from contract.settings.checks import SettingsError, at_least
 
-EMBEDDED = ("digits", "fake")  # need no data_path
+EMBEDDED = ("digits", "fake", "digits_on_photos")  # need no data_path
+SCENES = ("coco", "digits_on_photos", "voc")  # have boxes instead of a label
 HAS_UNLABELLED = ("stl10",)
 
 

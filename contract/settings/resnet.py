@@ -8,8 +8,9 @@ from contract.settings.checks import SettingsError
 
 Arch = Literal[
     "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
-    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
+    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2", "resnet10_slim",
 ]  # fmt: skip
+NEW = "new:"  # before an Arch: in the place of an encoder, one that was never trained
 Stem = Literal["imagenet", "cifar"]
 Schedule = Literal["cosine", "steps"]
 

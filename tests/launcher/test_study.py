@@ -96,6 +96,20 @@ def test_stages_may_stand_in_any_order(write):
     assert [step.stage for step in study_file.read(write(text)).steps()][:2] == ["pretrain", "knn"]
 
 
+def test_a_stage_without_repeats_runs_once_for_all_seeds_of_what_comes_after(plan, write):
+    once = ("worker: main_lmim", "worker: main_lmim, repeat: false")
+    found = plan(STUDY, once)
+    seeds = {stage: sorted({r.settings.seed for r in found.runs if r.stage == stage}) for stage in ("pretrain", "knn")}
+    assert len(found.study.seeds) > 1
+    assert seeds == {"pretrain": [found.study.seeds[0]], "knn": sorted(found.study.seeds)}
+    for runs in found.cells.values():
+        assert len(set(runs)) == len(found.study.seeds)
+    with pytest.raises(SettingsError, match=r"columns\.1-NN: stage knn has repeat=false, and one run is no mean"):
+        study_file.read(write(STUDY.replace(*once).replace("after: pretrain", "after: pretrain, repeat: false")))
+    with pytest.raises(SettingsError, match=r"stages\.knn\.repeat=false: pretrain, before it, is repeated"):
+        study_file.read(write(STUDY, "after: pretrain", "after: pretrain, repeat: false"))
+
+
 def test_rows_that_are_the_same_runs_are_refused(plan):
     with pytest.raises(SettingsError, match=r"mine\.yaml: rows 'ViT-B/16 v1\.0' and 'b' are the same runs"):
         plan(STUDY, ("    pretrain.epochs: 0", "    pretrain.log_every: 7"))  # which is no science

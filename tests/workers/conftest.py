@@ -33,7 +33,7 @@ def make_run():
 
     def make(folder: Path, **values) -> Path:
         settings = contract.settings.read(values)
-        if isinstance(settings, contract.settings.Training):
+        if isinstance(settings, contract.settings.Stepping):
             settings.resolve_batch(settings.env.processes)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / rundir.CONFIG).write_text(yaml.safe_dump(contract.settings.plain(settings), sort_keys=False))

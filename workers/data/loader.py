@@ -17,7 +17,7 @@ from workers.data import DataError, Pictures, Unreadable
 
 log = logging.getLogger(__name__)
 
-Transform = Callable[[Tensor], Any]  # of one picture; what it gives is collated
+Transform = Callable[[Any], Any]  # of one picture; what it gives is collated
 Fold = Callable[..., int]  # integers -> one seed, as workers.engine.distributed.fold
 OnError = Literal["stop", "replace", "drop"]
 TOO_MANY = 0.05  # the share of unreadable pictures, beyond the first ten, at which something else must be wrong

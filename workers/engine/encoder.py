@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from contract import rundir
+from contract.settings.resnet import NEW
 from workers import models
 from workers.interop import published
 from workers.models import Encoder
@@ -52,12 +53,16 @@ def load_encoder(
 ) -> Encoder:
     """The frozen encoder on this process's device; says in the log what it read.
 
-    ``where`` is a run directory, an ``encoder.pt``, a published program's file, ``timm:NAME`` (from timm's cache) or
-    ``timm:NAME@FILE``. ``image_size`` stretches its positions for pictures of another side; ``checkpoint_key`` and
-    ``heads`` are for published files that leave these open. Raises EncoderError, naming the file and the keys.
+    ``where`` is a run directory, an ``encoder.pt``, a published program's file, ``timm:NAME`` (from timm's cache),
+    ``timm:NAME@FILE``, or ``new:ARCH``, a ResNet drawn from torch's generator. ``image_size`` stretches its positions
+    for pictures of another side; ``checkpoint_key`` and ``heads`` are for published files that leave these open. Raises
+    EncoderError, naming the file and the keys.
     """
     try:
-        if where.startswith(TIMM):
+        if where.startswith(NEW):
+            encoder = models.build("resnet", {"arch": where.removeprefix(NEW)})
+            words = "freshly initialised"
+        elif where.startswith(TIMM):
             encoder, words = _of_timm(where, image_size, checkpoint_key)
         else:
             encoder, words = _of_file(where, checkpoint_key, heads)

@@ -55,6 +55,13 @@ def falling(
     return peak * 0.1 ** bisect.bisect_right(milestones, epoch)
 
 
+def stepped(iteration: int, *, peak: float, warmup: int, start: float, milestones: Sequence[int]) -> float:
+    """Detectron2's schedule: a tenth from each of ``milestones`` on, times what rises linearly from ``start`` to 1 over
+    the first ``warmup`` iterations. Counted from 0."""
+    rise = 1.0 if iteration >= warmup else start + (1 - start) * iteration / warmup
+    return peak * 0.1 ** bisect.bisect_right(milestones, iteration) * rise
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rates (You et al., 2017, eq. 6), as MAE's linear probe uses it.
 

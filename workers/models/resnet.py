@@ -15,11 +15,19 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 from workers.models import Encoder, Look
 
 ARCHS = (
-    "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
-    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
+    "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
+    "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2", "resnet10_slim",
 )  # fmt: skip
-"""torchvision's, and a smaller one: ``resnet10`` has a single basic block in each stage."""
+"""torchvision's, and smaller ones: ``resnet10`` has a single basic block in each stage, ``resnet10_slim`` a quarter of
+its channels there."""
 STEMS = ("imagenet", "cifar")  # 7 x 7 with stride 2 and a max pooling, or 3 x 3 for pictures of 32 pixels
+
+
+class Slim(TorchvisionResNet):  # type: ignore[misc]  # torchvision has no types
+    """Stages of 16, 32, 64 and 128 channels."""
+
+    def _make_layer(self, block: Any, planes: int, *others: Any, **more: Any) -> Any:
+        return super()._make_layer(block, planes // 4, *others, **more)
 
 
 class ResNet(Encoder):
@@ -32,7 +40,9 @@ class ResNet(Encoder):
         super().__init__()
         self.conv1, self.bn1, self.maxpool = network.conv1, network.bn1, network.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = (getattr(network, f"layer{i}") for i in range(1, 5))
-        self.width, self.depth, self.heads = int(network.fc.in_features), 4, 1
+        last = self.layer4[-1]
+        self.width: int = (last.bn3 if hasattr(last, "bn3") else last.bn2).num_features
+        self.depth, self.heads = 4, 1
         if stem == "cifar":
             self.conv1 = nn.Conv2d(3, self.conv1.out_channels, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -49,11 +59,18 @@ class ResNet(Encoder):
 
     def map(self, images: Tensor, stages: int = 4) -> Tensor:
         """The output of the first ``stages`` stages: (B, D, h, w)."""
+        *_, last = self.stages(images, stages)
+        return last
+
+    def stages(self, images: Tensor, stages: int = 4) -> list[Tensor]:
+        """The outputs of the first ``stages`` stages, each (B, D, h, w)."""
         x: Tensor = images.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        found = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[:stages]:
             x = stage(x)
-        return x
+            found.append(x)
+        return found
 
     def tokens(self, images: Tensor, *, block: int | None = None) -> Tensor:
         """The mean of a stage's map (None: the last), then the map: (B, 1 + h w, D)."""
@@ -113,8 +130,8 @@ def build(arch: str = "resnet50", stem: str = "imagenet", image_size: int = 224)
         raise ValueError(f"arch={arch}: unknown; choose one of {', '.join(ARCHS)}")
     if stem not in STEMS:
         raise ValueError(f"stem={stem}: unknown; choose one of {', '.join(STEMS)}")
-    if arch == "resnet10":
-        network: Any = TorchvisionResNet(BasicBlock, [1, 1, 1, 1], num_classes=1)
+    if arch in ("resnet10_slim", "resnet10"):
+        network: Any = (TorchvisionResNet if arch == "resnet10" else Slim)(BasicBlock, [1, 1, 1, 1], num_classes=1)
     else:
         network = torchvision.models.get_model(arch, weights=None, num_classes=1)
     return ResNet(network, stem=stem, image_size=image_size)

@@ -1,0 +1,1 @@
+"""Boxes: a detector upon an encoder, the measure of detections, pictures of them."""
