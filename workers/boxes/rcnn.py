@@ -57,7 +57,7 @@ def padded(images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
 def cut_out(masks: Tensor, boxes: Tensor, which: Tensor, side: int) -> Tensor:
     """What the mask in each box (k, 4) should be, of ``masks`` (n, H, W) that of ``which`` (k,): (k, side, side)."""
     places = torch.cat([which[:, None].to(boxes), boxes], dim=1)
-    shapes = roi_align(masks[:, None].to(boxes), places, side, sampling_ratio=0, aligned=True)
+    shapes: Tensor = roi_align(masks[:, None].to(boxes), places, side, sampling_ratio=0, aligned=True)
     return (shapes[:, 0] >= 0.5).to(boxes)
 
 
