@@ -18,14 +18,13 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import workers.data
 from contract import rundir
 from contract.settings.main_detection import Settings
 from workers.boxes import drawing, measure
 from workers.boxes.measure import Found, Measured, Truth
-from workers.boxes.rcnn import Batch, Detector, padded
+from workers.boxes.rcnn import Batch, Detector, padded, pasted
 from workers.data import DataError, Split
 from workers.data.scenes import RLE, Learnable, Scenes, one_by_one, streamed
 from workers.engine import batchnorm, distributed, optim, pictures
@@ -144,10 +143,12 @@ def detect(model: Detector, seen: Seen, prepare: Prepare) -> tuple[Tensor, Tenso
     """Boxes (n, 4) in the file's pixels, scores, labels, and the masks that there are, of one picture."""
     images, sizes = padded([prepare.normalise(seen.image[None])[0]])
     (found,) = model.detect(images, sizes)
-    boxes, masks = found["boxes"].cpu().double() * to_file(seen).double(), []
+    boxes = found["boxes"].cpu().double() * to_file(seen).double()
+    masks: list[RLE] = []
     if "masks" in found:
-        whole = paste_masks_in_image(found["masks"].cpu(), boxes.float(), seen.size)
-        masks = [coco_mask.encode(np.asfortranarray((each[0] > 0.5).numpy().astype(np.uint8))) for each in whole]
+        for mask, box in zip(found["masks"].cpu(), boxes.float(), strict=True):
+            whole = pasted(mask, box, seen.size) >= 0.5
+            masks.append(coco_mask.encode(np.asfortranarray(whole.numpy().astype(np.uint8))))
     return boxes, found["scores"].cpu().double(), found["labels"].cpu(), masks
 
 

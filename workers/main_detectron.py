@@ -8,6 +8,7 @@ on are its own evaluators', as fractions. A run that was stopped or killed goes 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -137,8 +138,7 @@ def rewind(journal: rundir.Journal | None, step: int) -> None:
         return
     offset = 0
     for line in journal.path.read_bytes().splitlines(keepends=True):
-        records, _ = rundir.read_journal(journal.path, offset)
-        if records and int(records[0].get("step", 0)) > step:
+        if int(json.loads(line)["step"]) > step:
             break
         offset += len(line)
     journal.cut(offset)

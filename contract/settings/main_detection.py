@@ -9,7 +9,7 @@ from typing import Literal
 
 from contract.settings.checks import SettingsError, at_least, within
 from contract.settings.detection import Detecting
-from contract.settings.resnet import Arch
+from contract.settings.resnet import NEW, Arch
 
 
 @dataclass(kw_only=True)
@@ -32,6 +32,10 @@ class Settings(Detecting):
         at_least(self, 1, "rois", "proposals")
         at_least(self, 2, "roi_size")
         within(self, 0, 1, "hflip")
+        if self.arch is not None and self.encoder.startswith(NEW) and self.encoder != NEW + self.arch:
+            raise SettingsError(
+                f"encoder={self.encoder}: but arch={self.arch}; give a run or a file, or {NEW}{self.arch}"
+            )
         if not self.anchor_sizes or min(self.anchor_sizes) < 1:
             raise SettingsError(f"anchor_sizes={self.anchor_sizes}: expected sizes in pixels, such as [32,64,128]")
         if self.head == "fpn" and len(self.anchor_sizes) != 5:

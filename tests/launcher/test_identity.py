@@ -137,6 +137,22 @@ def test_an_encoder_that_is_not_there_is_refused_with_what_is_accepted(tmp_path)
         launches.of_launch(sweep.points(["worker=main_knn", out, f"encoder={run.identity}"]))
 
 
+def test_an_encoder_that_was_never_trained_is_known_by_its_architecture():
+    def detect(*words):
+        (found,) = launches.of_launch(sweep.points(["worker=main_detection", *words])).runs
+        return found
+
+    default, same, other, later = (
+        detect(*words) for words in ((), ("encoder=new:resnet10_slim",), ("encoder=new:resnet18",), ("seed=1",))
+    )
+    assert default.settings.data.name == "digits_on_photos"
+    assert default.identity == same.identity
+    assert len({default.identity, other.identity, later.identity}) == 3
+    assert default.group == later.group != other.group
+    with pytest.raises(SettingsError, match=r"encoder=new:resnet51: unknown; did you mean new:resnet50\?"):
+        detect("encoder=new:resnet51")
+
+
 def test_a_second_encoder_is_known_by_its_content(tmp_path):
     weights = tmp_path / "oracle.pt"
     words = [f"output_dir='{tmp_path}'", f"encoder='{weights}'", "features=dino", f"oracle='{weights}'"]

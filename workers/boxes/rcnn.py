@@ -54,6 +54,24 @@ def padded(images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
     return batch, sizes
 
 
+def cut_out(masks: Tensor, boxes: Tensor, which: Tensor, side: int) -> Tensor:
+    """What the mask in each box (k, 4) should be, of ``masks`` (n, H, W) that of ``which`` (k,): (k, side, side)."""
+    places = torch.cat([which[:, None].to(boxes), boxes], dim=1)
+    shapes: Tensor = roi_align(masks[:, None].to(boxes), places, side, sampling_ratio=0, aligned=True)
+    return (shapes[:, 0] >= 0.5).to(boxes)
+
+
+def pasted(mask: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask (1, m, m) in its box (4,), at the centres of a picture's pixels: (H, W), 0 outside. Bilinear and exact, as
+    Detectron2 pastes; torchvision rounds the box to whole pixels."""
+    left, top, right, bottom = box.unbind()
+    y, x = (torch.arange(side, device=mask.device, dtype=mask.dtype) + 0.5 for side in size)
+    x, y = 2 * (x - left) / (right - left) - 1, 2 * (y - top) / (bottom - top) - 1
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+    out: Tensor = F.grid_sample(mask[None], grid[None], align_corners=False)[0, 0]
+    return out
+
+
 class Pool(nn.Module):
     """RoIAlign with the half-pixel offset (Detectron2's ROIAlignV2), from one map: -> (R, D, side, side)."""
 
@@ -123,13 +141,15 @@ class Heads(parts.RoIHeads):  # type: ignore[misc]
                 maps = regions[positive]
             else:
                 maps = self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))
-            losses["loss_mask"] = parts.maskrcnn_loss(
-                self.mask_predictor(maps).float(),
-                [each * target["scale"] for each, target in zip(boxes, targets, strict=True)],
-                [target["masks"] for target in targets],
-                [target["labels"] for target in targets],
-                [each[here] for each, here in zip(matched, chosen, strict=True)],
-            )
+            shapes = self.mask_predictor(maps).float()
+            which = [each[here] for each, here in zip(matched, chosen, strict=True)]
+            whole = [
+                cut_out(target["masks"], each * target["scale"], of, shapes.shape[-1])
+                for target, each, of in zip(targets, boxes, which, strict=True)
+            ]
+            own = shapes[torch.arange(len(shapes)), labels_[positive]]
+            found = F.binary_cross_entropy_with_logits(own, torch.cat(whole), reduction="sum")
+            losses["loss_mask"] = found / max(own.numel(), 1)
         return [], losses
 
     def detected(
