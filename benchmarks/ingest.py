@@ -1,6 +1,6 @@
 """Run directories into MLflow: ours against ``log_metric`` call by call and against one ``log_batch`` a run.
 
-    python benchmarks/ingest.py [--runs 1000] [--sample 2] [--store postgresql://USER@HOST/NAME]
+    python benchmarks/ingest.py [--runs 1000] [--steps 100] [--sample 2] [--store postgresql://USER@HOST/NAME]
 
 Into fresh SQLite stores, or into the database named (an empty one: experiments are made there). The two other sides are
 what a training script spends, and the quickest that one process can do by hand (no exactly-once, no tags, no resume);
@@ -21,10 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-STEPS, KEYS, PARAMS = 100, ("train/loss", "train/lr", "train/momentum", "knn/loo1", "knn/top1"), 60
+KEYS, PARAMS = ("train/loss", "train/lr", "train/momentum", "knn/loo1", "knn/top1"), 60
 
 
-def fill(output_dir: Path, runs: int) -> None:
+def fill(output_dir: Path, runs: int, steps: int = 100) -> None:
     """Finished runs with curves, as workers leave them."""
     from contract import rundir
 
@@ -43,16 +43,16 @@ def fill(output_dir: Path, runs: int) -> None:
         (folder / rundir.RUN).write_text(json.dumps(run))
         (folder / rundir.CONFIG).write_text("".join(f"key_{i}: value_{i}\n" for i in range(PARAMS)))
         lines = [
-            {"step": s, "of": STEPS, "time": begin + s, **dict.fromkeys(KEYS, s * 0.01)} for s in range(1, STEPS + 1)
+            {"step": s, "of": steps, "time": begin + s, **dict.fromkeys(KEYS, s * 0.01)} for s in range(1, steps + 1)
         ]
         (folder / rundir.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        done = {"metrics": {"knn/loo1": 1.0}, "steps": STEPS, "time": begin + STEPS}
+        done = {"metrics": {"knn/loo1": 1.0}, "steps": steps, "time": begin + steps}
         (folder / rundir.DONE).write_text(json.dumps(done))
         start = {"event": "start", "attempt": "a", "time": begin}
         (folder / "attempts.0.jsonl").write_text(json.dumps(start) + "\n")
 
 
-def call_by_call(uri: str, runs: int) -> float:
+def call_by_call(uri: str, runs: int, steps: int) -> float:
     """Seconds a run, as a training script that logs to MLflow spends them."""
     import mlflow
 
@@ -62,7 +62,7 @@ def call_by_call(uri: str, runs: int) -> float:
     for _ in range(runs):
         with mlflow.start_run():
             mlflow.log_params({f"key_{i}": f"value_{i}" for i in range(PARAMS)})
-            for step in range(1, STEPS + 1):
+            for step in range(1, steps + 1):
                 for key in KEYS:
                     mlflow.log_metric(key, step * 0.01, step=step)
     return (time.perf_counter() - begun) / runs
@@ -90,6 +90,7 @@ def batch_by_batch(uri: str, folders: list[Path]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument(
         "--sample", type=int, default=2, help="runs of the call-by-call side; 20 times as many in batches"
     )
@@ -101,10 +102,10 @@ def main() -> None:
 
         output_dir = Path(place, "runs")
         output_dir.mkdir()
-        fill(output_dir, args.runs)
+        fill(output_dir, args.runs, args.steps)
         other = choose(Path(place), args.store)
         other.open()
-        slow = call_by_call(other.uri, args.sample) * args.runs
+        slow = call_by_call(other.uri, args.sample, args.steps) * args.runs
         some = sorted(output_dir.glob("main_knn/*"))[: 20 * args.sample]
         batches = batch_by_batch(other.uri, some) * args.runs
         command = [sys.executable, "-m", "analysis.ingest", "--output-dir", str(output_dir), "--json"]
@@ -117,7 +118,7 @@ def main() -> None:
     (first, count), (again, nothing) = found
     assert (count["new"], nothing["unchanged"], nothing["metrics"]) == (args.runs, args.runs, 0)
     where = "PostgreSQL" if args.store else "SQLite"
-    print(f"{args.runs:,} runs x {STEPS} steps x {len(KEYS)} metrics into {where}, {os.cpu_count()} cores")
+    print(f"{args.runs:,} runs x {args.steps} steps x {len(KEYS)} metrics into {where}, {os.cpu_count()} cores")
     print(f"  log_metric call by call   {slow:9.1f} s   ({args.sample} runs measured, scaled)")
     print(f"  log_batch run by run      {batches:9.1f} s   ({len(some)} runs measured, scaled)")
     print(f"  analysis.ingest           {first:9.1f} s   start, import and, of SQLite, migrations included")
