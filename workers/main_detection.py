@@ -8,6 +8,7 @@ class, ``detector.pt`` the detector, ``encoder.pt`` its encoder.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from workers.boxes.measure import Found, Measured, Truth
 from workers.boxes.rcnn import Batch, Detector, padded, pasted
 from workers.data import DataError, Split
 from workers.data.scenes import RLE, Learnable, Scenes, one_by_one, streamed
-from workers.engine import batchnorm, distributed, optim, pictures
+from workers.engine import batchnorm, distributed, optim, pictures, pulse
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.encoder import EncoderError, load_encoder, save_encoder
 from workers.engine.fit import fit
@@ -166,8 +167,10 @@ def find(model: Detector, val: Scenes, settings: Settings, prepare: Prepare, sto
     )
     rows: list[Row] = []
     masks: list[bytes] = []
-    rounds = len(val) // distributed.world_size() // LOOK_EVERY  # of these every rank has one more
-    for number, ((seen, _, index),) in enumerate(loader, start=1):
+    most = len(val) if settings.smoke is None else settings.smoke
+    rounds = min(most, len(val) // distributed.world_size()) // LOOK_EVERY  # of these every rank has one more
+    for number, ((seen, _, index),) in enumerate(itertools.islice(loader, most), start=1):
+        pulse.beat()
         boxes, scores, labels, shapes = detect(model, seen, prepare)
         for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True):
             rows.append((index, *box, score, label))
@@ -299,6 +302,7 @@ def main() -> None:
             batches(settings.iterations * accumulate, settings.seed),
             optimizer,
             epochs=1 if settings.iterations else 0,
+            most=settings.smoke,
             schedules=schedules(settings),
             checkpoint=Checkpoint(run.folder / rundir.CHECKPOINT, run.journal, model=model, optimizer=optimizer),
             prepare=prepare,
@@ -320,7 +324,8 @@ def main() -> None:
                 distributed.seed(settings.seed, settings.iterations + number)
                 model(prepare(samples))
 
-            more = batches(settings.precise_bn, distributed.fold(settings.seed, settings.iterations))
+            number = min(settings.precise_bn, settings.smoke or settings.precise_bn)
+            more = batches(number, distributed.fold(settings.seed, settings.iterations))
             if not batchnorm.precise(model, more, see, run.stop):
                 return
         found = find(model, val, settings, prepare, run.stop)
@@ -334,9 +339,10 @@ def main() -> None:
                 metrics |= {f"detection/{name}{key}": value for key, value in each.figures.items()}
             tell(run, val, expected, found, results)
         metrics = distributed.from_first(metrics)
-        run.track(settings.iterations, settings.iterations, metrics)
+        done = min(settings.iterations, settings.smoke or settings.iterations)
+        run.track(done, done, metrics)
         save(run, model, train.classes)
-        run.finish(metrics, settings.iterations)
+        run.finish(metrics, done)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def configuration(settings: Settings, model: dict[str, Any], weights: Path, fold
         "SOLVER.WEIGHT_DECAY": s.weight_decay,
         "SOLVER.WEIGHT_DECAY_NORM": 0.0,
         "SOLVER.STEPS": tuple(s.milestones),
-        "SOLVER.MAX_ITER": s.iterations,
+        "SOLVER.MAX_ITER": min(s.iterations, s.smoke or s.iterations),
         "SOLVER.WARMUP_ITERS": s.warmup_iterations,
         "SOLVER.WARMUP_FACTOR": s.warmup_factor,
         "SOLVER.CHECKPOINT_PERIOD": s.iterations + 1,  # ours, by time; its own after the last iteration
