@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from contract import rundir
 from contract.settings.main_detectron import Settings
 from workers.data import DataError, coco, voc
@@ -253,6 +255,7 @@ def main() -> None:
         from detectron2.utils.env import seed_all_rng
 
         settings = run.settings
+        torch.manual_seed(distributed.fold(settings.seed))  # for an encoder that was never trained
         encoder = load_encoder(settings.encoder)
         model = detectron.write(run.folder, encoder) if distributed.rank() == 0 else detectron.named(encoder)
         if int(model.model.get("MODEL.RESNETS.DEPTH", 0)) < 50:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from contract.settings.checks import SettingsError, above, at_least
 from contract.settings.data import SCENES, Data
 from contract.settings.env import Env
+from contract.settings.resnet import NEW
 
 T = TypeVar("T")
 
@@ -64,6 +65,10 @@ class Settings:
         if self.takes_boxes != (self.data.name in SCENES):
             kind = f"with boxes: {', '.join(SCENES)}" if self.takes_boxes else "with labels, not with boxes"
             raise SettingsError(f"data={self.data.name}: {self.worker} takes pictures {kind}")
+        if (encoder := str(getattr(self, "encoder", ""))).startswith(NEW) and not self.takes_boxes:
+            raise SettingsError(
+                f"encoder={encoder}: for detection only; elsewhere take a pretraining run with epochs=0"
+            )
 
     def science(self) -> dict[str, Any]:
         """The settings that make the identity, as plain data. A key that was added after runs existed carries

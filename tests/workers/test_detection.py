@@ -346,6 +346,10 @@ VIT = {"dim": 24, "depth": 1, "heads": 2, "patch_size": 8, "grid_size": 4}
             {"worker": "main_knn", "encoder": "e"},
             "data=digits_on_photos: main_knn takes pictures with labels",
         ),
+        (
+            {"worker": "main_knn", "data": {}, "encoder": "new:resnet18"},
+            "encoder=new:resnet18: for detection only; else",
+        ),
         ({"data": {"name": "voc"}, "masks": True}, "masks=true: data=voc has boxes only; choose data=coco"),
         ({"data": {"name": "voc"}, "val_sets": ["test"]}, "val_sets=test: VOC's sets are named YEAR_SET, such as"),
         ({"train_sets": ["../x"]}, r"train_sets=\.\./x: no name of a set"),

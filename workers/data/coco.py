@@ -120,7 +120,9 @@ def _add(found: Scenes, saved: Mapping[str, Any], name: str, path: Path, categor
             )
         )
     for number, image in images.items():
-        file = file_name(_field(image, "file_name", str, path), path)
+        file = _field(image, "file_name", str, path)
+        for part in file.split("/"):  # a folder below the set's, but never one outside
+            file_name(part, path)
         height, width = (_field(image, side, int, path) for side in ("height", "width"))
         found.add(f"{name}/{file}", height, width, things[number], f"{shown(path)}, image {number}")
 
