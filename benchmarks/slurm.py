@@ -39,13 +39,15 @@ def launcher(*words: str) -> float:
 
 def ours(folder: Path) -> float:
     words = ["worker=main_lmim", "env=slurm", "env.ngpu=0", "env.extra.hold=true", f"output_dir={folder}"]
+    words.append("env.canary=False")  # held, it would never end
     sweep = f"seed=range({RUNS})"
     try:
         launcher(*words, "seed=123456")  # warms the caches of files and byte code
         took = launcher(*words, sweep)
         print(f"{RUNS} runs, command to accepted   {took:7.2f} s")
         print(f"the same again, nothing to do     {launcher(*words, sweep):7.2f} s")
-        print(f"status                            {launcher('status', f'output_dir={folder}'):7.2f} s")
+        print(f"status, asking the queue          {launcher('status', '--fresh', f'output_dir={folder}'):7.2f} s")
+        print(f"status, in a second terminal      {launcher('status', f'output_dir={folder}'):7.2f} s")
         runs = [p for p in folder.rglob("*") if p.is_file() and "capsules" not in p.parts and not p.is_symlink()]
         size = sum(p.stat().st_size for p in runs)
         print(f"written                           {size / 2**20:7.2f} MB in {len(runs) / (RUNS + 1):.2f} files per run")
