@@ -108,6 +108,7 @@ def main() -> None:
         slow = call_by_call(other.uri, args.sample, args.steps) * args.runs
         some = sorted(output_dir.glob("main_knn/*"))[: 20 * args.sample]
         batches = batch_by_batch(other.uri, some) * args.runs
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # which MLflow has set
         command = [sys.executable, "-m", "analysis.ingest", "--output-dir", str(output_dir), "--json"]
         command += ["--store", args.store] if args.store else []
         found = []
