@@ -49,7 +49,7 @@ class Glance:
 def glance(output_dir: Path, fresh: bool = False) -> Glance:
     """What the schedulers hold, as of the last ``SIGHTLINE_QUEUE_S`` (30) seconds: all terminals share one call.
 
-    A scheduler that does not answer is mentioned, and what it said last is used.
+    A scheduler that does not answer is mentioned; what it said last is used.
     """
     if not any(output_dir.glob(f"{SUBMISSIONS}/*/[0-9]*.json")):
         return Glance()
@@ -64,7 +64,7 @@ def glance(output_dir: Path, fresh: bool = False) -> Glance:
         try:
             found = Glance(asked(output_dir, clean=False), time.time())
         except Unavailable as error:
-            print(f"error: {error}\nthis is what the files say, and what the queue said last", file=sys.stderr)
+            print(f"error: {error}\nwhat is queued is not known; this is what the files say", file=sys.stderr)
             return last
         runs = {identity: dataclasses.asdict(job) for identity, job in found.runs.items()}
         with contextlib.suppress(OSError):

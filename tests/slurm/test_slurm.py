@@ -16,6 +16,7 @@ from contract import rundir
 from tests.house import edit, killed_at_any_step, with_real_workers
 
 CPU = "env.ngpu=0"
+HOLD = "env.extra.hold=true"
 SLOW = {"FAKE_STEP_S": "0.2"}
 
 
@@ -31,7 +32,7 @@ def test_the_published_way_to_submit(house):
 
 
 def test_an_array_with_a_cap_is_one_submission_and_a_dry_run_shows_its_script(house, cluster):
-    words = ["worker=main_lmim", "env=slurm", CPU, "seed=range(50)", "env.max_parallel=12"]
+    words = ["worker=main_lmim", "env=slurm", CPU, "seed=range(50)", "env.max_parallel=12", "env.canary=False"]
     script = house.run(*words, "-n").stdout
     assert "#SBATCH --array=0-49%12" in script
     assert not house.out.exists()
@@ -48,7 +49,7 @@ def test_an_array_with_a_cap_is_one_submission_and_a_dry_run_shows_its_script(ho
 
 
 def test_what_is_queued_is_known_and_not_queued_again(house, cluster):
-    words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=0,1", "env.extra.hold=true"]
+    words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=0,1", HOLD]
     house.run(*words)
     assert "nothing to do" in house.run(*words).stderr
     plan = house.run("plan", *words, "--json")
@@ -187,14 +188,14 @@ def test_an_answer_that_is_lost_is_looked_for_in_the_queue(house, cluster, tmp_p
     call = f'{shlex.quote(str(shutil.which("sbatch")))} "$@" >/dev/null'
     mute.write_text(f"#!/bin/sh\n{call}\necho 'sbatch: error: Socket timed out on send/recv operation' >&2\nexit 1\n")
     mute.chmod(0o755)
-    house.run("worker=main_lmim", "env.slurm=True", CPU, "env.extra.hold=true", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    house.run("worker=main_lmim", "env.slurm=True", CPU, HOLD, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert len(cluster.queue()) == 1
     (ids,) = house.out.glob("submissions/*/submitted.json")
     assert list(json.loads(ids.read_text()).values()) == [cluster.queue()[0].split("_")[0]]
 
 
 def test_two_launchers_at_once_queue_every_run_once(house, cluster):
-    words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=range(4)", "env.extra.hold=true"]
+    words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=range(4)", HOLD]
     for each in [house.start(*words) for _ in range(2)]:
         _, said = each.communicate(timeout=60)
         assert each.returncode == 0, said
@@ -202,7 +203,7 @@ def test_two_launchers_at_once_queue_every_run_once(house, cluster):
 
 
 def test_code_that_is_edited_later_does_not_reach_what_is_queued(house, cluster):
-    house.run("worker=main_lmim", "env.slurm=True", CPU, "env.extra.hold=true")
+    house.run("worker=main_lmim", "env.slurm=True", CPU, HOLD)
     worker = house.root / "workers" / "main_lmim.py"
     worker.write_text(worker.read_text().replace("VERSION 1", "VERSION 2"))
     cluster.call("scontrol", "release", cluster.queue()[0].split("_")[0])
@@ -224,7 +225,7 @@ def test_a_pipeline_where_one_element_fails_and_is_mended(house, cluster):
 
 def test_an_evaluation_follows_what_is_queued_already(house, cluster):
     words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=0,1"]
-    house.run(*words, "env.extra.hold=true")
+    house.run(*words, HOLD)
     house.run(*words, "then=[main_knn]")
     house.wait_for(lambda: sum("Dependency" in line for line in cluster.queue()) == 2)
     cluster.call("scontrol", "release", *{line.split("_")[0] for line in cluster.queue() if "JobHeld" in line})
@@ -301,7 +302,7 @@ def test_a_run_root_that_cannot_be_written(house, cluster):
 
 
 def test_killed_at_any_step_of_a_submission_and_said_again_every_run_is_queued_once(house, cluster, tmp_path):
-    words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=0,1", "then=[main_knn]", "env.extra.hold=true", "-q"]
+    words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=0,1", "then=[main_knn]", HOLD, "-q"]
     for step in killed_at_any_step(house, words, tmp_path, 9):
         assert len(cluster.queue()) == 4, step
         assert {state for _, _, state in house.states(code=101)} == {"queued"}
@@ -320,7 +321,7 @@ def test_hydras_own_launchers(house, cluster, where):
 
 def test_a_site_with_short_arrays_gets_more_of_them(strict_house, strict_cluster):
     strict_house.run(
-        "worker=main_lmim", "env.slurm=True", CPU, "seed=range(12)", "then=[main_knn]", "env.extra.hold=true"
+        "worker=main_lmim", "env=slurm", CPU, "env.canary=False", "seed=range(12)", "then=[main_knn]", HOLD
     )
     assert len([*strict_house.out.glob("submissions/*/*.sbatch")]) == 4
     assert len(strict_cluster.queue()) == 24
@@ -335,7 +336,7 @@ def test_a_site_that_takes_few_jobs_gets_jobs_that_do_several_runs(strict_house,
         odd = [s for s in strict_house.states(code=100) if s[2] != "finished"]
         assert odd == [("knn", 2, "blocked"), ("lmim", 2, "failed")]
         # One of those that share a job is taken back; the others of that job are done.
-        strict_house.run("worker=main_lmim", "env.slurm=True", CPU, "seed=range(10,18)", "env.extra.hold=true")
+        strict_house.run("worker=main_lmim", "env.slurm=True", CPU, "seed=range(10,18)", HOLD)
         assert len(strict_cluster.queue()) == 4
         assert (
             "the site takes 0 more jobs"
