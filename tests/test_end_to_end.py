@@ -119,6 +119,7 @@ def test_a_sweep_killed_at_random_moments_ends_with_the_same_bytes_and_the_same_
     assert table(killed) == table(whole)
     assert "noise" in table(whole)
     again = [sys.executable, "launcher.py", "repro", encoders[0].parent.name, f"output_dir={killed}", "--json"]
+    again += ["--steps", "5"]
     said = subprocess.run(again, cwd=ROOT, text=True, capture_output=True, check=False)
     assert json.loads(said.stdout)["identical"], said.stderr
     leftovers = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]

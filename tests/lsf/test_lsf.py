@@ -264,7 +264,7 @@ def test_a_run_that_others_hold_is_waited_for(house, lsf):
 
 def test_killed_at_any_step_of_a_submission_and_said_again_every_run_is_queued_once(house, lsf, tmp_path):
     words = [*LSF, "seed=0,1", "then=[main_knn]", "env.extra.H=true", "-q"]
-    for step in killed_at_any_step(house, words, tmp_path, 5):
+    for step in killed_at_any_step(house, words, tmp_path, 4):
         assert lsf.stats() == ["PSUSP"] * 4, step
         lsf.call("bkill", "0")
         (lsf.folder / "state.json").unlink()
@@ -290,6 +290,7 @@ def test_two_hosts_of_two_processes(house, lsf):
     assert lsf.stats() == ["DONE"]
 
 
+@pytest.mark.slow
 def test_a_drill_preempts_by_lsfs_own_signals(house, lsf):
     said = json.loads(house.run("drill", *LSF, "epochs=90", "--steps", "40", "--json", FAKE_SAVE="9", **SLOW).stdout)
     warned, killed = said["runs"]

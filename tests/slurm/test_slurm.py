@@ -303,7 +303,7 @@ def test_a_run_root_that_cannot_be_written(house, cluster):
 
 def test_killed_at_any_step_of_a_submission_and_said_again_every_run_is_queued_once(house, cluster, tmp_path):
     words = ["worker=main_lmim", "env.slurm=True", CPU, "seed=0,1", "then=[main_knn]", HOLD, "-q"]
-    for step in killed_at_any_step(house, words, tmp_path, 9):
+    for step in killed_at_any_step(house, words, tmp_path, 6):
         assert len(cluster.queue()) == 4, step
         assert {state for _, _, state in house.states(code=101)} == {"queued"}
         cluster.empty()
