@@ -43,7 +43,7 @@ def failed(folder: Path, end: Mapping[str, Any], limit: int) -> list[str]:
     held, where it was one too many."""
     info = rundir.read_run(folder)
     place, stage = _place(folder, info), str(info.get("stage"))
-    if not limit or place is None or end.get("why") not in ALIKE:
+    if not limit or place is None or end.get("why") not in ALIKE or _file(place, stage).exists():
         return []
     marks = place / "failed" / quote(stage, safe="") / str(end["mark"])
     marks.mkdir(parents=True, exist_ok=True)

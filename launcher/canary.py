@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract import rundir
-from contract.settings import Settings, Training
+from contract.settings import Settings, Stepping
 from launcher.identity import Input, find_encoder, takes_encoder
 from launcher.plan import Plan, Run, build
 from launcher.supervisor import read_settings
@@ -64,7 +64,7 @@ def to_run(small: Sequence[Run]) -> list[Run]:
 def _small(run: Run, made: Mapping[str, Run], known: Mapping[str, Run]) -> Run:
     settings = copy.deepcopy(run.settings)
     settings.smoke, settings.then = STEPS, []
-    if isinstance(settings, Training):
+    if isinstance(settings, Stepping):
         settings.log_every = LOG_EVERY
     source: Input | None = None
     if takes_encoder(settings.worker):

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from contract import rundir
-from contract.settings import Training
+from contract.settings import Stepping
 from contract.settings.checks import SettingsError
 from launcher import NotQueued, backends, capsule, curves, rundirs, show
 from launcher.identity import find_encoder, takes_encoder
@@ -71,7 +71,9 @@ def drill(found: Plan, args: argparse.Namespace) -> int:
 
 
 def _trains(run: Run) -> bool:
-    return isinstance(run.settings, Training) and run.settings.epochs > 0
+    """``epochs`` are counted by most, ``iterations`` by those that know no epochs."""
+    s = run.settings
+    return isinstance(s, Stepping) and getattr(s, "epochs", getattr(s, "iterations", 0)) > 0
 
 
 def _check(run: Run) -> None:
@@ -271,7 +273,7 @@ class Trials:
 
     def _begin(self, what: str, name: str, steps: int, minutes: float | None = None) -> Trial:
         settings, output_dir = copy.deepcopy(self.first.settings), self.folder / name
-        assert isinstance(settings, Training)
+        assert isinstance(settings, Stepping)
         settings.output_dir, settings.smoke, settings.log_every = str(output_dir), steps, 1
         settings.then, settings.env.max_parallel, settings.env.pack = [], 1, 1
         if minutes is not None:

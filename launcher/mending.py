@@ -11,6 +11,7 @@ all others      again
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import shlex
@@ -24,7 +25,7 @@ import yaml
 
 import contract.settings
 from contract import rundir
-from contract.settings import NOT_SCIENCE, Settings, Training
+from contract.settings import NOT_SCIENCE, Settings, Stepping
 from contract.settings.checks import SettingsError
 from launcher import arrays, why
 from launcher.plan import absolute, located
@@ -189,13 +190,19 @@ def _nodes(hosts: str | None) -> list[str]:
 
 
 def _not_to_halve(settings: Settings) -> str | None:
-    if not isinstance(settings, Training):
+    if not isinstance(settings, Stepping):
         return f"{settings.worker} trains nothing"
-    if settings.local_batch_matters:
-        return f"the batch of one process is part of this method ({settings.worker}); more memory, or another run"
     if settings.batch_size % 2:
         return f"batch_size={settings.batch_size} is odd"
+    if _halved(settings).science() != settings.science():
+        return f"the batch of one process is part of this method ({settings.worker}); more memory, or another run"
     return None
+
+
+def _halved(settings: Stepping) -> Stepping:
+    half = copy.copy(settings)
+    half.batch_size, half.accum_iter = settings.batch_size // 2, 2 * (settings.accum_iter or 1)
+    return half
 
 
 # -- what is told anew -------------------------------------------------------------------------------------------------
@@ -244,7 +251,7 @@ def _changed(settings: Settings, keys: Mapping[str, Any], halve: bool) -> Settin
         values["accum_iter"] = 2 * (values["accum_iter"] or 1)
     made = contract.settings.read(values)
     made.env = located(made.env)
-    if isinstance(made, Training) and made.env.processes != settings.env.processes:
+    if isinstance(made, Stepping) and made.env.processes != settings.env.processes:
         made.accum_iter = None
         made.resolve_batch(made.env.processes)  # the effective batch stays
     return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from contract.settings import Stepping
 from contract.settings.checks import SettingsError, above, at_least, within
@@ -52,3 +52,7 @@ class Detecting(Stepping):
             raise SettingsError("masks=true: data=voc has boxes only; choose data=coco")
         if self.data.on_error == "skip":
             raise SettingsError("data.on_error=skip: detections are measured on every picture; choose stop")
+
+    def science(self) -> dict[str, Any]:
+        """BatchNorm sees the pictures of all processes, but of one micro-batch."""
+        return {**super().science(), "accum_iter": self.accum_iter}

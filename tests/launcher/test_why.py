@@ -245,10 +245,9 @@ def changed(settings, *said, halve=False):
 
 
 def test_a_batch_that_is_part_of_the_method_is_not_halved():
-    moco = contract.settings.read({"worker": "main_moco_mixmask"})
-    assert moco.local_batch_matters
-    with pytest.raises(SettingsError, match="part of this method"):
-        changed(moco, halve=True)
+    for worker in ("main_moco_mixmask", "main_detection"):  # its queue; the pictures that BatchNorm sees at once
+        with pytest.raises(SettingsError, match="part of this method"):
+            changed(contract.settings.read({"worker": worker}), halve=True)
     with pytest.raises(SettingsError, match="is odd"):
         changed(contract.settings.read({"worker": "main_mae", "batch_size": 7}), halve=True)
     with pytest.raises(SettingsError, match="trains nothing"):
