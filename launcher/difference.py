@@ -15,7 +15,7 @@ from rich.table import Table
 
 from contract import cost, rundir
 from contract.settings import NOT_SCIENCE
-from launcher import environment, identity, show
+from launcher import environment, identity, remarks, show
 from launcher.rundirs import Found
 from launcher.supervisor import read_settings
 
@@ -67,15 +67,7 @@ def _config(folder: Path) -> dict[str, Any]:
         said = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise rundir.RunDirError(f"{path}: unreadable ({' '.join(str(error).split())})") from None
-    return dict(_leaves(said)) if isinstance(said, Mapping) else {}
-
-
-def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return dict(remarks.leaves(said)) if isinstance(said, Mapping) else {}
 
 
 def _pairs(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Pair]:

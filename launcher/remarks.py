@@ -81,7 +81,7 @@ def _changes(run: Run, folder: Path, runs: Mapping[str, Run], output_dir: Path) 
 
 def differences(old: Settings, new: Settings) -> list[str]:
     """``key: old -> new`` of what makes a result, the seed left out."""
-    before, after = dict(_leaves(old.science(), "")), dict(_leaves(new.science(), ""))
+    before, after = dict(leaves(old.science())), dict(leaves(new.science()))
     return [
         f"{key}: {_said(before, key)} -> {_said(after, key)}"
         for key in sorted({*before, *after})
@@ -89,10 +89,11 @@ def differences(old: Settings, new: Settings) -> list[str]:
     ]
 
 
-def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys as one, dotted."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,20 @@ class House:
         """(stage, seed, state) of every run, as the launcher says it."""
         lines = [json.loads(line) for line in self.run("status", "--json", **more).stdout.splitlines()]
         return sorted((line["stage"], line["seed"], line["state"]) for line in lines)
+
+    def tried(self) -> list[str]:
+        """The runs that were started, by their stage and seed."""
+        runs = [rundir.read_run(folder) for folder in self.runs() if rundir.attempts_file(folder, 0).exists()]
+        return sorted(f"{run['stage']} {run['seed']}" for run in runs)
+
+    def causes_told(self, *words: str, code: int = 100) -> dict[str, dict[str, object]]:
+        """What ``why`` says, by the kind of failure."""
+        lines = self.run("why", *words, "--json", code=code).stdout.splitlines()
+        return {group["kind"]: group for group in map(json.loads, lines)}
+
+    def say(self, command: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """A command as it was printed."""
+        return self.run(*shlex.split(command)[2:], **more)
 
     def said(self) -> str:
         """Everything there is to read when a test failed."""

@@ -11,18 +11,12 @@ LSF = ["worker=main_lmim", "env=lsf", "env.ngpu=0"]
 TYPO = {"FAKE_FAULTS": json.dumps({"bug": [*range(300)]})}
 
 
-def tried(house) -> list[str]:
-    """The runs that were started, by their stage and seed."""
-    runs = [rundir.read_run(folder) for folder in house.runs() if rundir.attempts_file(folder, 0).exists()]
-    return sorted(f"{run['stage']} {run['seed']}" for run in runs)
-
-
 def test_a_typo_costs_three_runs_and_not_two_hundred(house, lsf):
     words = [*LSF, "seed=range(200)", "then=[main_knn]", "env.canary=False", "-q"]
     house.run(*words, "env.max_parallel=2", **TYPO)
     house.wait_for(lambda: any(house.out.glob("submissions/*/held.*.json")))
     house.wait_for(lambda: "RUN" not in lsf.stats() and "PSUSP" in lsf.stats())
-    assert len(tried(house)) <= 4  # the one beside the third had begun
+    assert len(house.tried()) <= 4  # the one beside the third had begun
     shown = house.run("status", code=100).stdout
     assert "ended alike: KeyError:" in shown
     assert ":held" in shown
@@ -37,7 +31,7 @@ def test_a_canary_that_fails_releases_nothing(house, lsf):
     words = [*LSF, "seed=range(12)", "then=[main_knn]", "-q"]
     house.run(*words, FAKE_FAIL="0")
     house.wait_for(lsf.idle)
-    assert tried(house) == ["lmim canary 0"]
+    assert house.tried() == ["lmim canary 0"]
     assert {s[2] for s in house.states(code=100)} == {"failed", "blocked"}
     house.run(*words)
     house.wait_for(lambda: house.all("finished"), 90)

@@ -2,45 +2,34 @@
 
 import json
 import os
-import shlex
 import time
 
-from contract.settings.env import Env
 from launcher import why
 
 LSF = ["worker=main_lmim", "env=lsf", "env.ngpu=0"]
 SLOW = {"FAKE_STEP_S": "0.1"}
-NO_CANARY = ["env.canary=False"] if hasattr(Env, "canary") else []
 FAULTS = {"oom": [*range(10, 50)], "bug": [*range(60, 80)], "data": [*range(100, 115)], "kill": [*range(150, 160)]}
 COUNTS = {why.HOST_OOM: 40, why.BUG: 20, why.DATA: 15, why.KILLED: 10}
 
 
-def groups(house, *words, code=100):
-    lines = house.run("why", *words, "--json", code=code).stdout.splitlines()
-    return {group["kind"]: group for group in map(json.loads, lines)}
-
-
-def say(house, command, **more):
-    """A command as it was printed."""
-    return house.run(*shlex.split(command)[2:], **more)
-
-
 def test_two_hundred_runs_with_four_causes_are_four_groups_and_their_commands_mend_them(house, lsf):
     more = {"FAKE_FAULTS": json.dumps(FAULTS)}
-    house.run(*LSF, *NO_CANARY, "job_name=sweep", "seed=range(200)", "env.max_submit=12", "epochs=1", "-q", **more)
+    house.run(
+        *LSF, "env.canary=False", "job_name=sweep", "seed=range(200)", "env.max_submit=12", "epochs=1", "-q", **more
+    )
     house.wait_for(lsf.idle, 180)
-    found = groups(house, "sweep")
+    found = house.causes_told("sweep")
     assert {kind: group["count"] for kind, group in found.items()} == COUNTS
     screen = house.run("why", "sweep", code=100).stdout.splitlines()
     assert screen[0] == "85 failed, 4 causes"
     assert [line.split("  ")[0] for line in screen[1::3]] == [f"{kind} x{n}" for kind, n in COUNTS.items()]
-    say(house, found[why.HOST_OOM]["command"] + " -y -q", **more)
+    house.say(found[why.HOST_OOM]["command"] + " -y -q", **more)
     (house.out / "mended").touch()
     for kind in (why.DATA, why.KILLED):
-        say(house, found[kind]["command"] + " -y -q", **more)
+        house.say(found[kind]["command"] + " -y -q", **more)
     assert "20 runs ended by a bug" in house.run("retry", "sweep", "why=user bug", "-y", code=4).stderr
     house.wait_for(lsf.idle, 180)
-    assert {kind: group["count"] for kind, group in groups(house).items()} == {why.BUG: 20}
+    assert {kind: group["count"] for kind, group in house.causes_told().items()} == {why.BUG: 20}
 
 
 def test_memory_and_limits_as_lsf_reports_them(house, lsf):
@@ -52,14 +41,14 @@ def test_memory_and_limits_as_lsf_reports_them(house, lsf):
                           ("2", "TERM_RUNLIMIT: job killed after reaching LSF run time limit")):  # fmt: skip
         lsf.kill(number, index, reason)
     house.wait_for(lsf.idle)
-    found = groups(house)
+    found = house.causes_told()
     assert {kind: group["count"] for kind, group in found.items()} == {why.HOST_OOM: 1, why.TIME: 1}
     assert found[why.HOST_OOM]["command"].endswith("--set env.mem_gb=30")
     run = found[why.HOST_OOM]["runs"][0]
     assert "TERM_MEMLIMIT" in house.run("logs", run, "--job").stdout
     assert house.run("logs", run, "--tail", "1").stdout.count("\n") == 1
     for group in found.values():
-        say(house, group["command"], FAKE_STEP_S="0")
+        house.say(group["command"], FAKE_STEP_S="0")
     house.wait_for(lambda: house.all("finished"))
     assert "30GB" in (sorted(house.out.glob("submissions/*/0.bsub"))[1].read_text())
 

@@ -5,40 +5,27 @@ This Slurm enforces no memory limits (no cgroups): its words about memory are am
 
 import json
 import os
-import shlex
 import signal
 import sys
 import time
 from pathlib import Path
 
 from contract import rundir
-from contract.settings.env import Env
 from launcher import why
 
 CPU = "env.ngpu=0"
 SLOW = {"FAKE_STEP_S": "0.2"}
-NO_CANARY = ["env.canary=False"] if hasattr(Env, "canary") else []
 FAULTS = {"oom": [*range(10, 50)], "bug": [*range(60, 80)], "disk": [*range(100, 115)], "kill": [*range(150, 160)]}
 COUNTS = {why.HOST_OOM: 40, why.BUG: 20, why.DISK: 15, why.KILLED: 10}
-
-
-def groups(house, *words, code=100):
-    lines = house.run("why", *words, "--json", code=code).stdout.splitlines()
-    return {group["kind"]: group for group in map(json.loads, lines)}
-
-
-def say(house, command, **more):
-    """A command as it was printed."""
-    return house.run(*shlex.split(command)[2:], **more)
 
 
 def test_two_hundred_runs_with_four_causes_are_four_groups_and_their_commands_mend_them(house, cluster):
     """12 jobs do 200 runs: what Slurm and the supervisors say of one is not taken for another's."""
     more = {"FAKE_FAULTS": json.dumps(FAULTS)}
     words = ["worker=main_lmim", "job_name=sweep", "env.slurm=True", CPU, "seed=range(200)", "env.max_submit=12"]
-    house.run(*words, *NO_CANARY, "epochs=1", "-q", **more)
+    house.run(*words, "env.canary=False", "epochs=1", "-q", **more)
     house.wait_for(lambda: not cluster.queue(), 180)
-    found = groups(house, "sweep")
+    found = house.causes_told("sweep")
     assert {kind: group["count"] for kind, group in found.items()} == COUNTS
     screen = house.run("why", "sweep", code=100).stdout.splitlines()
     assert screen[0] == "85 failed, 4 causes"
@@ -47,13 +34,13 @@ def test_two_hundred_runs_with_four_causes_are_four_groups_and_their_commands_me
     for kind in (why.HOST_OOM, why.DISK, why.KILLED):
         if kind == why.DISK:
             (house.out / "mended").touch()
-        say(house, found[kind]["command"] + " -y -q", **more)
+        house.say(found[kind]["command"] + " -y -q", **more)
         house.wait_for(lambda: not cluster.queue(), 60)  # the site takes 12 jobs at once
     assert "20 runs ended by a bug" in house.run("retry", "sweep", "why=user bug", "-y", code=4).stderr
     house.run("retry", "sweep", "why=user bug", "-y", "-q", "--force", **more)
     house.wait_for(lambda: not cluster.queue(), 180)
     assert house.all("finished")
-    assert groups(house, code=0) == {}
+    assert house.causes_told(code=0) == {}
 
 
 def test_a_node_that_died_is_named_and_left_out(house, cluster):
@@ -66,10 +53,10 @@ def test_a_node_that_died_is_named_and_left_out(house, cluster):
         house.wait_for(lambda: not cluster.queue())
         long_ago = time.time() - 2 * rundir.STALE_S  # so that nobody has to wait for that
         os.utime(folder / rundir.OWNER, (long_ago, long_ago))
-        (group,) = groups(house).values()
+        (group,) = house.causes_told().values()
         assert (group["kind"], group["nodes"]) == (why.NODE, ["node3"])
         assert group["command"].endswith("--set 'env.exclude=node[1,2,4],node3'")
-        say(house, group["command"].replace("node[1,2,4],", ""))
+        house.say(group["command"].replace("node[1,2,4],", ""))
         house.wait_for(lambda: house.all("finished"))
     finally:
         cluster.box("revive", str(cluster.folder), "node3")
@@ -86,14 +73,14 @@ def test_a_supervisor_that_slurm_killed_and_one_that_never_came(house, cluster):
     house.wait_for(lambda: not cluster.queue())
     for owner in house.out.glob("*/*/owner.json"):
         os.utime(owner, (1, 1))  # so that nobody has to wait until its silence tells
-    found = groups(house)
+    found = house.causes_told()
     assert "the supervisor was killed" in found[why.KILLED]["said"]
     assert "/no/python: No such file or directory" in found[why.UNKNOWN]["said"]
     (unborn,) = found[why.UNKNOWN]["runs"]
     assert "no log yet" in house.run("logs", unborn).stderr
     assert "/no/python" in house.run("logs", unborn, "--job").stdout
-    say(house, found[why.UNKNOWN]["command"] + " --set env.python=null")
-    say(house, found[why.KILLED]["command"])
+    house.say(found[why.UNKNOWN]["command"] + " --set env.python=null")
+    house.say(found[why.KILLED]["command"])
     house.wait_for(lambda: house.all("finished"))
 
 
@@ -103,9 +90,9 @@ def test_what_a_person_ended_and_what_the_clock_did(house, cluster):
     follower = house.start("logs", "main_lmim", "-f")
     cluster.call("scancel", "-u", "root")
     house.wait_for(lambda: house.all("stopped") and not cluster.queue())
-    (group,) = groups(house, code=101).values()
+    (group,) = house.causes_told(code=101).values()
     assert (group["kind"], group["count"]) == (why.PREEMPTED, 2)
-    say(house, group["command"])
+    house.say(group["command"])
     house.wait_for(lambda: house.all("finished"))
     out, _ = follower.communicate(timeout=60)
     assert {line.partition(" |")[0].partition(" ")[2] for line in out.splitlines()} == {"seed=0", "seed=1"}
